@@ -1,0 +1,144 @@
+"""Talking to the daemon behind a mount: one JSON object a line over a Unix socket.
+
+The socket's name is the device number of the mount, in a directory that only
+the mount's owner may enter, so that it is found from the mount point alone:
+
+    $CASFS_RUNTIME_DIR, $XDG_RUNTIME_DIR/casfs, /run/casfs as root, else /tmp/casfs-<uid>
+
+A request is ``{"op": name, …}``, an answer ``{"ok": …}`` or ``{"error": text}``.
+The server runs in a thread of its own beside the session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import socketserver
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from casfs.errors import MountError, NotMounted
+from casfs.mountinfo import Mount, find_mount
+
+log = logging.getLogger("casfs")
+
+_TIMEOUT_SECONDS = 5.0
+_LONGEST = 1 << 20
+
+Operation = Callable[[dict[str, Any]], Any]
+
+
+def runtime_directory() -> Path:
+    """Where this user's sockets are; made if missing. Raises MountError if somebody else owns it."""
+    chosen = os.environ.get("CASFS_RUNTIME_DIR")
+    if chosen:
+        path = Path(chosen)
+    elif os.environ.get("XDG_RUNTIME_DIR"):
+        path = Path(os.environ["XDG_RUNTIME_DIR"]) / "casfs"
+    elif os.geteuid() == 0:
+        path = Path("/run/casfs")
+    else:
+        path = Path(f"/tmp/casfs-{os.geteuid()}")
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat(follow_symlinks=False)
+    except OSError as error:
+        raise MountError(f"can't use the runtime directory {path}: {error.strerror}; set CASFS_RUNTIME_DIR") from error
+    if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+        raise MountError(f"the runtime directory {path} belongs to somebody else; set CASFS_RUNTIME_DIR")
+    return path
+
+
+def _socket_of(mount: Mount) -> Path:
+    return runtime_directory() / f"{mount.device[0]}-{mount.device[1]}.sock"
+
+
+class ControlServer:
+    """Answers requests about one mount until `close`."""
+
+    def __init__(self, mount: Mount, operations: dict[str, Operation]) -> None:
+        self._path = _socket_of(mount)
+        # A daemon that was killed leaves its socket; its device number is ours now.
+        self._path.unlink(missing_ok=True)
+
+        class Handler(socketserver.StreamRequestHandler):
+            timeout = _TIMEOUT_SECONDS
+
+            def handle(self) -> None:
+                with contextlib.suppress(OSError):
+                    line = self.rfile.readline(_LONGEST)
+                    self.wfile.write(_answer(line, operations) + b"\n")
+
+        with _short_path(self._path) as address:
+            self._server = socketserver.ThreadingUnixStreamServer(address, Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, name="control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering and remove the socket."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._path.unlink(missing_ok=True)
+
+
+def _answer(line: bytes, operations: dict[str, Operation]) -> bytes:
+    try:
+        request = json.loads(line)
+        operation = operations[request["op"]]
+    except (ValueError, KeyError, TypeError):
+        return json.dumps({"error": f"not a request this daemon knows: {line[:100]!r}"}).encode()
+    try:
+        return json.dumps({"ok": operation(request)}).encode()
+    except Exception as error:
+        log.exception("control request %s", request["op"])
+        return json.dumps({"error": str(error)}).encode()
+
+
+def call(mountpoint: Path, op: str, **arguments: Any) -> Any:
+    """Ask the daemon behind a mount. Raises NotMounted, or MountError where nobody answers."""
+    mount = find_mount(os.path.realpath(mountpoint))
+    if mount is None or not mount.is_casfs:
+        raise NotMounted(f"there is no casfs mount at {mountpoint}")
+    path = _socket_of(mount)
+    try:
+        with socket.socket(socket.AF_UNIX) as client, _short_path(path) as address:
+            client.settimeout(_TIMEOUT_SECONDS)
+            client.connect(address)
+            with client.makefile("rwb") as stream:
+                stream.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
+                stream.flush()
+                line = stream.readline()
+    except OSError as error:
+        raise MountError(
+            f"the daemon of {mountpoint} doesn't answer ({error.strerror or error}): it may have been killed, "
+            f"or belong to another user; 'casfs umount {mountpoint}' clears the mount"
+        ) from error
+    if not line:
+        raise MountError(f"the daemon of {mountpoint} ended without an answer")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise MountError(f"{op} of {mountpoint}: {answer['error']}")
+    return answer["ok"]
+
+
+def statistics(mountpoint: Path) -> dict[str, Any]:
+    """What the session behind a mount counted: ``engine``, ``upcalls`` by opcode and more."""
+    result: dict[str, Any] = call(mountpoint, "statistics")
+    return result
+
+
+@contextlib.contextmanager
+def _short_path(path: Path) -> Iterator[str]:
+    """A name for a socket that fits into the 107 bytes there are for it, through its directory's descriptor."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)

@@ -1,0 +1,69 @@
+"""Everything that can go wrong with a mount, as one tree.
+
+    CasfsError
+    ├── MountError               a mount could not be made, found or undone
+    │   ├── BadMountPoint        missing, not a directory, not empty, taken
+    │   ├── NotMounted           there is no casfs mount there
+    │   └── Busy                 files are open below it
+    ├── MissingCapability        this machine or user can't do what was asked
+    ├── BadRequest               bytes from the kernel that are no request we can answer
+    └── CheckoutError            a tree could not be copied out
+
+`errno_of` says what a program inside a mount gets to see.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from store.errors import CorruptBlob, MissingBlob, NoSpace, StaleReference
+
+
+class CasfsError(Exception):
+    """Any failure of the projection that has a message for a person."""
+
+
+class MountError(CasfsError):
+    """A mount could not be made, found or undone."""
+
+
+class BadMountPoint(MountError):
+    """The place can't be mounted on."""
+
+
+class NotMounted(MountError):
+    """There is no casfs mount at that place."""
+
+
+class Busy(MountError):
+    """Files below the mount are in use."""
+
+
+class MissingCapability(CasfsError):
+    """This machine, kernel or user can't do what was asked; the message says what would."""
+
+
+class BadRequest(CasfsError):
+    """Bytes from the kernel that are no request we can answer."""
+
+
+class CheckoutError(CasfsError):
+    """A tree could not be copied out."""
+
+
+_ERRNO: tuple[tuple[type[Exception], int], ...] = (
+    (StaleReference, errno.ESTALE),
+    (MissingBlob, errno.EIO),
+    (CorruptBlob, errno.EIO),
+    (NoSpace, errno.ENOSPC),
+)
+
+
+def errno_of(error: Exception) -> int:
+    """The errno for a program that met this error; EIO for what has none of its own."""
+    for kind, number in _ERRNO:
+        if isinstance(error, kind):
+            return number
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return errno.EIO

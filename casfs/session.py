@@ -1,0 +1,392 @@
+"""The native session: one mount, served over /dev/fuse in the kernel's own protocol.
+
+A loop reads a request, answers it from the tree, writes the reply. What may
+wait for a disk (opening what is not in the kernel's caches, hashing a blob
+that isn't verified) goes to a pool of threads, so the loop never does.
+
+Passthrough: an OPEN is answered with a backing id and the kernel does all I/O
+on the blob itself. READ arrives only for files the kernel can't pass through,
+and in sessions that were made without passthrough.
+
+Everything is valid forever in the kernel's caches (`casfs.wire.FOREVER`), names
+that don't exist too; OPENDIR, FLUSH, xattrs and the like are answered ENOSYS
+once, which the kernel remembers.
+
+Threads: `run` in one; `_waiting` and the registry are shared with the pool, by
+operations that are atomic; replies are single writes. `statistics` and
+`notify` may be called from any thread, `notify` never from inside a handler
+(the kernel may hold the lock that the notification needs).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from casfs import wire
+from casfs.backing import BackingRegistry
+from casfs.contents import explain
+from casfs.errors import BadRequest, CasfsError, MissingCapability, errno_of
+from casfs.polling import DeviceReader
+from casfs.syscalls import BackingId
+from casfs.tree import NoSuchNode, NotADirectory, Node, NodeId, Tree, content_key
+from casfs.wire import InitFlag, OpenFlag, Opcode, Request
+from store.entries import FileEntry, ReferenceEntry, SymlinkEntry
+from store.errors import StoreError
+
+log = logging.getLogger("casfs")
+
+_WANTED = (
+    InitFlag.ASYNC_READ
+    | InitFlag.READDIRPLUS
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.ABORT_ERROR
+    | InitFlag.MAX_PAGES
+    | InitFlag.CACHE_SYMLINKS
+    | InitFlag.NO_OPENDIR_SUPPORT
+    | InitFlag.EXPLICIT_INVAL_DATA
+    | InitFlag.INIT_EXT
+    | InitFlag.HAS_RESEND
+)
+_MAX_WRITE = 4096
+_MAX_PAGES = 256
+_BUFFER = 64 << 10
+"""The kernel wants room for a header and `_MAX_WRITE`, and fills the rest with forgets."""
+_POOL_THREADS = 8
+
+_READ_HERE = 1 << 32
+"""Set in the handle of a file this process reads; the rest is its descriptor. Without: a backing id."""
+
+Handler = Callable[[Request], bytes | None]
+
+
+class Opener(Protocol):
+    """Where a session gets contents from; `casfs.contents.Contents` is the real one."""
+
+    def open_now(self, entry: FileEntry | ReferenceEntry) -> int | None: ...
+    def open(self, entry: FileEntry | ReferenceEntry) -> int: ...
+
+
+class Session:
+    """Serves one tree on one connection to the kernel."""
+
+    def __init__(self, device: int, tree: Tree, contents: Opener, *, passthrough: bool, poll: bool = True) -> None:
+        """`device` is a descriptor of /dev/fuse that belongs to a mount, and to this session from now on."""
+        self._device = device
+        self._tree = tree
+        self._contents = contents
+        self._passthrough = passthrough
+        self._reader = DeviceReader(device, _BUFFER, poll=poll)
+        self._registry = BackingRegistry(device)
+        self._pool = ThreadPoolExecutor(_POOL_THREADS, "open")
+        self._waiting: dict[int, Node] = {}
+        self._counts = [0] * wire.OPCODES
+        self._served_bytes = 0
+        self._failed_opens = 0
+        self._uid, self._gid = os.getuid(), os.getgid()
+        self._handlers = self._make_handlers()
+
+    @property
+    def engine(self) -> str:
+        """What `casfs stats` calls this session."""
+        return "passthrough" if self._passthrough else "native"
+
+    def begin(self) -> None:
+        """Answer the kernel's INIT: the first thing after the mount. The mount is usable afterwards.
+
+        Raises MissingCapability where the kernel is too old, or does not offer
+        the passthrough that was asked for.
+        """
+        while True:
+            message = self._reader.read()
+            if message is None:
+                raise CasfsError("the mount went away before it began")
+            request = wire.decode_request(message)
+            if request.opcode != Opcode.INIT:
+                raise BadRequest(f"opcode {request.opcode} before INIT")
+            self._counts[Opcode.INIT] += 1
+            offer = wire.decode_init(request.body)
+            if offer.major < wire.MAJOR or (offer.major == wire.MAJOR and offer.minor < wire.OLDEST_MINOR):
+                self._send(wire.encode_error(request.unique, errno.EPROTO))
+                raise MissingCapability(
+                    f"the kernel speaks FUSE {offer.major}.{offer.minor}, this session needs "
+                    f"{wire.MAJOR}.{wire.OLDEST_MINOR} (Linux 5.4): use --engine fuse"
+                )
+            if offer.major > wire.MAJOR:
+                self._send(wire.encode_reply(request.unique, wire.encode_version()))
+                continue
+            if self._passthrough and not offer.flags & InitFlag.PASSTHROUGH:
+                self._send(wire.encode_error(request.unique, errno.EPROTO))
+                raise MissingCapability(
+                    "the kernel doesn't offer FUSE passthrough: it needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH"
+                )
+            self._send(wire.encode_reply(request.unique, wire.encode_init(self._choose(offer))))
+            return
+
+    def _choose(self, offer: wire.InitRequest) -> wire.InitReply:
+        wanted = _WANTED | InitFlag.PASSTHROUGH if self._passthrough else _WANTED
+        return wire.InitReply(
+            minor=min(offer.minor, wire.MINOR),
+            max_readahead=offer.max_readahead,
+            flags=wanted & offer.flags,
+            max_background=64,
+            max_write=_MAX_WRITE,
+            max_pages=_MAX_PAGES,
+            # One: blobs may not lie on an overlay, but an overlay may stand on this mount.
+            max_stack_depth=1 if self._passthrough else 0,
+        )
+
+    def run(self) -> None:
+        """Serve until the file system is unmounted."""
+        read, handle = self._reader.read, self._handle
+        try:
+            while (message := read()) is not None:
+                handle(message)
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _handle(self, message: bytes) -> None:
+        try:
+            request = wire.decode_request(message)
+        except BadRequest:
+            log.exception("dropped a request")
+            return
+        reply = self._answer(request)
+        if reply is not None:
+            self._send(reply)
+
+    def _answer(self, request: Request) -> bytes | None:
+        """The reply to one request, or None where there is none or it comes later."""
+        opcode = request.opcode
+        try:
+            if opcode >= wire.OPCODES:
+                return wire.encode_error(request.unique, errno.ENOSYS)
+            self._counts[opcode] += 1
+            return self._handlers[opcode](request)
+        except NoSuchNode:
+            number = errno.ESTALE
+        except NotADirectory:
+            number = errno.ENOTDIR
+        except BadRequest as error:
+            log.error("opcode %d: %s", opcode, error)
+            number = errno.EINVAL
+        except Exception as error:
+            # Whatever it was, the client that waits must get an answer.
+            log.exception("opcode %d on node %d", opcode, request.node)
+            number = errno_of(error)
+        return None if opcode in wire.NO_REPLY else wire.encode_error(request.unique, number)
+
+    def _send(self, reply: bytes) -> None:
+        try:
+            os.write(self._device, reply)
+        except OSError as error:
+            # ENOENT: the request was interrupted; ENODEV: unmounted meanwhile. Nobody waits any more.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+                raise
+
+    def notify(self, message: bytes) -> bool:
+        """Send a notification made by `casfs.wire`; False where the kernel had nothing of it cached."""
+        try:
+            os.write(self._device, message)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENOTEMPTY):
+                return False
+            raise
+        return True
+
+    def statistics(self) -> dict[str, Any]:
+        """Upcalls by opcode (READ always among them), and what they led to; counts, and bytes where it says so."""
+        counts = {op.name: self._counts[op] for op in Opcode if self._counts[op] or op is Opcode.READ}
+        return {
+            "engine": self.engine,
+            "upcalls": counts,
+            "served_bytes": self._served_bytes,
+            "failed_opens": self._failed_opens,
+            "backing_ids": self._registry.statistics(),
+            "polling": self._reader.statistics(),
+        }
+
+    # Handlers: one per opcode, a request in, its reply out.
+
+    def _make_handlers(self) -> list[Handler]:
+        handlers: list[Handler] = [self._refuse(errno.ENOSYS)] * wire.OPCODES
+        for opcode in _MODIFYING:
+            handlers[opcode] = self._refuse(errno.EROFS)
+        handlers[Opcode.IOCTL] = self._refuse(errno.ENOTTY)
+        handlers[Opcode.LOOKUP] = self._lookup
+        handlers[Opcode.FORGET] = handlers[Opcode.BATCH_FORGET] = self._forget
+        handlers[Opcode.GETATTR] = self._getattr
+        handlers[Opcode.READLINK] = self._readlink
+        handlers[Opcode.OPEN] = self._open
+        handlers[Opcode.READ] = self._read
+        handlers[Opcode.STATFS] = self._statfs
+        handlers[Opcode.RELEASE] = self._release
+        handlers[Opcode.READDIR] = self._readdir
+        handlers[Opcode.READDIRPLUS] = self._readdirplus
+        handlers[Opcode.INTERRUPT] = self._interrupt
+        handlers[Opcode.DESTROY] = lambda request: wire.encode_reply(request.unique)
+        return handlers
+
+    @staticmethod
+    def _refuse(number: int) -> Handler:
+        return lambda request: wire.encode_error(request.unique, number)
+
+    def _forget(self, request: Request) -> None:
+        """Node ids mean something without being remembered: there is nothing to forget."""
+
+    def _lookup(self, request: Request) -> bytes:
+        node = self._tree.lookup(NodeId(request.node), wire.decode_name(request.body))
+        if node is None:
+            return wire.encode_no_entry(request.unique)
+        return wire.encode_entry(
+            request.unique, node.id, node.mode, node.size, node.mtime_ns, node.nlink, self._uid, self._gid
+        )
+
+    def _getattr(self, request: Request) -> bytes:
+        node = self._tree.get_node(NodeId(request.node))
+        return wire.encode_attr(
+            request.unique, node.id, node.mode, node.size, node.mtime_ns, node.nlink, self._uid, self._gid
+        )
+
+    def _readlink(self, request: Request) -> bytes:
+        entry = self._tree.get_node(NodeId(request.node)).entry
+        if not isinstance(entry, SymlinkEntry):
+            return wire.encode_error(request.unique, errno.EINVAL)
+        return wire.encode_reply(request.unique, entry.target)
+
+    def _statfs(self, request: Request) -> bytes:
+        return wire.encode_statfs(request.unique, *self._tree.totals())
+
+    def _open(self, request: Request) -> bytes | None:
+        if wire.decode_open(request.body) & (os.O_ACCMODE | os.O_TRUNC):
+            # Before anything else: a blob that was passed through could be written by its opener.
+            return wire.encode_error(request.unique, errno.EROFS)
+        node = self._tree.get_node(NodeId(request.node))
+        entry = node.entry
+        if not isinstance(entry, FileEntry | ReferenceEntry):
+            return wire.encode_error(request.unique, errno.EISDIR)
+        if self._passthrough and isinstance(entry, FileEntry):
+            backing_id = self._registry.find(entry.digest.key)
+            if backing_id is not None:
+                return _passed_through(request.unique, backing_id)
+        descriptor = self._contents.open_now(entry)
+        if descriptor is not None:
+            return self._opened(request.unique, entry, descriptor)
+        self._waiting[request.unique] = node
+        self._pool.submit(self._open_slowly, request.unique, node, entry)
+        return None
+
+    def _opened(self, unique: int, entry: FileEntry | ReferenceEntry, descriptor: int) -> bytes:
+        """The reply to an OPEN of which the content is open; takes the descriptor over."""
+        if self._passthrough:
+            try:
+                backing_id = self._registry.register(content_key(entry), descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if backing_id is not None:
+                os.close(descriptor)
+                return _passed_through(unique, backing_id)
+        return wire.encode_open(unique, _READ_HERE | descriptor, OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
+
+    def _open_slowly(self, unique: int, node: Node, entry: FileEntry | ReferenceEntry) -> None:
+        """In the pool: open what may take a while, and answer."""
+        try:
+            reply = self._opened(unique, entry, self._contents.open(entry))
+        except Exception as error:
+            self._failed_opens += 1
+            line = explain(error, self._tree.path_of(node.id))
+            log.error("%s", line, exc_info=None if isinstance(error, OSError | StoreError) else error)
+            reply = wire.encode_error(unique, errno_of(error))
+        if self._waiting.pop(unique, None) is not None:
+            self._send(reply)
+        else:
+            self._abandon(reply)
+
+    def _abandon(self, reply: bytes) -> None:
+        """The opener was interrupted and has its answer: undo what it won't release."""
+        handle = wire.decode_opened(reply)
+        if handle is not None:
+            self._close_handle(handle)
+
+    def _interrupt(self, request: Request) -> None:
+        """Whoever waits for a slow open shall not wait on. Other requests are answered at once anyway."""
+        target = wire.decode_interrupt(request.body)
+        if self._waiting.pop(target, None) is not None:
+            self._send(wire.encode_error(target, errno.EINTR))
+
+    def _release(self, request: Request) -> bytes:
+        self._close_handle(wire.decode_release(request.body))
+        return wire.encode_reply(request.unique)
+
+    def _close_handle(self, handle: int) -> None:
+        if handle & _READ_HERE:
+            os.close(handle & ~_READ_HERE)
+        else:
+            self._registry.release(BackingId(handle))
+
+    def _read(self, request: Request) -> bytes:
+        handle, offset, size = wire.decode_read(request.body)
+        if not handle & _READ_HERE:
+            return wire.encode_error(request.unique, errno.EBADF)
+        data = os.pread(handle & ~_READ_HERE, size, offset)
+        self._served_bytes += len(data)
+        return wire.encode_reply(request.unique, data)
+
+    def _readdir(self, request: Request) -> bytes:
+        return self._list(request, lambda page, cookie, name, node: page.add_name(node.id, cookie, node.mode >> 12, name))
+
+    def _readdirplus(self, request: Request) -> bytes:
+        uid, gid = self._uid, self._gid
+        return self._list(
+            request,
+            lambda page, cookie, name, node: page.add_entry(
+                cookie, name, node.id, node.mode, node.size, node.mtime_ns, node.nlink, uid, gid
+            ),
+        )
+
+    def _list(self, request: Request, add: Callable[[wire.DirectoryPage, int, bytes, Node], bool]) -> bytes:
+        """One page of a directory. Cookies: 1 and 2 stand after ``.`` and ``..``, the tree's come after those."""
+        node_id = NodeId(request.node)
+        _, cookie, size = wire.decode_read(request.body)
+        page = wire.DirectoryPage(size)
+        plus = request.opcode == Opcode.READDIRPLUS
+        add_dot = page.add_bare if plus else page.add_name
+        file_type = stat.S_IFDIR >> 12
+        if cookie < 1 and not add_dot(node_id, 1, file_type, b"."):
+            return page.encode(request.unique)
+        if cookie < 2 and not add_dot(self._tree.parent_of(node_id), 2, file_type, b".."):
+            return page.encode(request.unique)
+        for after, name, node in self._tree.list_directory(node_id, max(cookie - 2, 0)):
+            if not add(page, after + 2, name, node):
+                break
+        return page.encode(request.unique)
+
+
+_MODIFYING = (
+    Opcode.SETATTR,
+    Opcode.SYMLINK,
+    Opcode.MKNOD,
+    Opcode.MKDIR,
+    Opcode.UNLINK,
+    Opcode.RMDIR,
+    Opcode.RENAME,
+    Opcode.RENAME2,
+    Opcode.LINK,
+    Opcode.WRITE,
+    Opcode.SETXATTR,
+    Opcode.REMOVEXATTR,
+    Opcode.CREATE,
+    Opcode.FALLOCATE,
+    Opcode.COPY_FILE_RANGE,
+    Opcode.TMPFILE,
+)
+
+
+def _passed_through(unique: int, backing_id: BackingId) -> bytes:
+    return wire.encode_open(unique, backing_id, OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH, backing_id)

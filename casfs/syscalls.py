@@ -1,0 +1,95 @@
+"""System calls for mounting that Python's `os` doesn't have. Thin: arguments in, OSError out.
+
+Numbers are those of the generic table, the same on x86-64 and arm64 for all
+calls made since Linux 5.1; structures are those of ``linux/mount.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from typing import NewType
+
+BackingId = NewType("BackingId", int)
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 1, 2, 4, 16384, 1 << 18
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+
+_SYS_OPEN_TREE, _SYS_OPENAT2, _SYS_MOUNT_SETATTR = 428, 437, 442
+_OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
+_AT_EMPTY_PATH = 0x1000
+_MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
+_RESOLVE_CACHED = 0x20
+
+_IOC_BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
+_IOC_BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
+_BACKING_MAP = struct.Struct("<iIQ")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _fail(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def mount(source: str, target: str | bytes, kind: str, flags: int, options: str) -> None:
+    """mount(2)."""
+    if _libc.mount(source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()):
+        raise _fail(f"mount {os.fsdecode(target)}")
+
+
+def umount(target: str | bytes, flags: int = 0) -> None:
+    """umount2(2)."""
+    if _libc.umount2(os.fsencode(target), flags):
+        raise _fail(f"umount {os.fsdecode(target)}")
+
+
+def unshare(flags: int) -> None:
+    """unshare(2); `os.unshare` comes with Python 3.12."""
+    if _libc.unshare(flags):
+        raise _fail("unshare")
+
+
+def clone_read_only(path: str | bytes) -> int:
+    """A descriptor of a read-only copy of the mount that `path` is on, beginning there and attached nowhere.
+
+    What is opened below it can't be opened for writing, by nobody: the mount
+    says no, whatever the permissions. Needs CAP_SYS_ADMIN.
+    """
+    descriptor = _libc.syscall(
+        _SYS_OPEN_TREE, -100, ctypes.c_char_p(os.fsencode(path)), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC
+    )
+    if descriptor < 0:
+        raise _fail(f"open_tree {os.fsdecode(path)}")
+    attributes = struct.pack("<QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)
+    if _libc.syscall(_SYS_MOUNT_SETATTR, descriptor, b"", _AT_EMPTY_PATH, attributes, len(attributes)):
+        error = _fail(f"mount_setattr {os.fsdecode(path)}")
+        os.close(descriptor)
+        raise error
+    return int(descriptor)
+
+
+def open_cached(path: str | bytes, flags: int, directory: int) -> int:
+    """openat2(2) that fails with EAGAIN where looking the path up would have to wait for a disk."""
+    how = struct.pack("<QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_CACHED)
+    descriptor = _libc.syscall(_SYS_OPENAT2, directory, os.fsencode(path), how, len(how))
+    if descriptor < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(descriptor)
+
+
+def register_backing(device: int, descriptor: int) -> BackingId:
+    """Hand a file to the kernel for passthrough on the connection `device`. Needs CAP_SYS_ADMIN."""
+    # A bytearray: with bytes `ioctl` returns those and not the number, which is the id.
+    return BackingId(fcntl.ioctl(device, _IOC_BACKING_OPEN, bytearray(_BACKING_MAP.pack(descriptor, 0, 0))))
+
+
+def close_backing(device: int, backing_id: BackingId) -> None:
+    """Take a backing id back; it must not be in use by an open file."""
+    fcntl.ioctl(device, _IOC_BACKING_CLOSE, bytearray(struct.pack("<I", backing_id)))

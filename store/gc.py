@@ -1,0 +1,208 @@
+"""Collection: which blobs may go, in which order, and taking them away.
+
+Works while trees are mounted and while others add. Never removed: what a
+manifest or a living lease reaches, what was used within the grace period, and
+what was used since the oldest living ingest session began (that session may be
+about to name it). Of the rest the least recently used go first. "Used" is the
+later of the index's time and the file's mtime, which Bazel touches on a hit.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from store.blobs import Blobs, count_removal, unpack_row
+from store.digest import Digest
+from store.entries import DirectoryEntry, FileEntry
+from store.index import Change, Index, Table, View
+from store.ingest import living_sessions
+from store.layout import Layout, blob_path
+from store.leases import Leases, lease_roots
+from store.manifests import manifest_roots
+from store.stamps import forget_stamps
+from store.trees import find_directory, forget_directories, walk_directories
+
+GRACE_SECONDS = 3600
+_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collection did; sizes in bytes of file contents."""
+
+    blobs_before: int
+    bytes_before: int
+    removed_blobs: int
+    removed_bytes: int
+    pinned_bytes: int
+    """What manifests and leases hold; a limit below this can't be reached."""
+
+    @property
+    def bytes_after(self) -> int:
+        """What the store has now."""
+        return self.bytes_before - self.removed_bytes
+
+
+class Collector:
+    """Collects in one store."""
+
+    def __init__(self, layout: Layout, index: Index, blobs: Blobs, leases: Leases) -> None:
+        self._layout = layout
+        self._index = index
+        self._blobs = blobs
+        self._leases = leases
+
+    def collect(
+        self,
+        high: int,
+        low: int,
+        *,
+        grace: int = GRACE_SECONDS,
+        dry_run: bool = False,
+        progress: Callable[[int], None] = lambda size: None,
+    ) -> Collected:
+        """Bring the store from above `high` bytes to at most `low`, as far as what may go allows.
+
+        `grace` is in seconds. `progress` is told the bytes of each batch removed.
+        """
+        with self._index.view() as view:
+            rows = [(unpack_row(value), key) for key, value in view.scan(Table.BLOBS)]
+        total = sum(row.size for row, _ in rows)
+        if total <= high:
+            return Collected(len(rows), total, 0, 0, 0)
+        cutoff = self._cutoff(grace)
+        marked = self._mark()
+        held = sum(row.size for row, key in rows if key in marked.keys)
+        heap = [
+            _Candidate(row.used, key, row.size) for row, key in rows if key not in marked.keys and row.used < cutoff
+        ]
+        heapq.heapify(heap)
+        removed: set[bytes] = set()
+        removed_bytes = 0
+        while heap and total - removed_bytes > low:
+            batch = self._next_batch(heap, total - removed_bytes - low, cutoff)
+            gone = batch if dry_run else self._remove(batch, marked, cutoff)
+            removed.update(candidate.key for candidate in gone)
+            size = sum(candidate.size for candidate in gone)
+            removed_bytes += size
+            progress(size)
+        if removed and not dry_run:
+            self._forget(removed, marked)
+        return Collected(len(rows), total, len(removed), removed_bytes, held)
+
+    def _cutoff(self, grace: int) -> int:
+        """Blobs used at this second or later stay."""
+        began = [nanoseconds // 1_000_000_000 for nanoseconds in living_sessions(self._layout, clean=True)]
+        return min([int(time.time()) - grace, *began])
+
+    def _mark(self) -> _Marked:
+        self._leases.living()  # clears away those of the dead
+        marked = _Marked(set(), set())
+        with self._index.view() as view:
+            marked.add_roots(view)
+        return marked
+
+    def _next_batch(self, heap: list[_Candidate], excess: int, cutoff: int) -> list[_Candidate]:
+        """The least recently used candidates, enough for `excess` bytes but not too many at once.
+
+        Only now are files looked at: one that was touched since its row was
+        written goes back into the heap where it belongs.
+        """
+        batch: list[_Candidate] = []
+        while heap and len(batch) < _BATCH and excess > 0:
+            candidate = heapq.heappop(heap)
+            touched = self._touched_at(candidate.key)
+            if touched > candidate.used:
+                if touched < cutoff:
+                    heapq.heappush(heap, candidate._replace(used=touched))
+                continue
+            batch.append(candidate)
+            excess -= candidate.size
+        return batch
+
+    def _touched_at(self, key: bytes) -> int:
+        try:
+            return int(os.stat(blob_path(Digest.from_key(key, 0)), dir_fd=self._blobs.directory).st_mtime)
+        except FileNotFoundError:
+            return 0
+
+    def _remove(self, batch: list[_Candidate], marked: _Marked, cutoff: int) -> list[_Candidate]:
+        """Remove those of the batch that still may go: rows first, then files.
+
+        A crash between the two leaves files without rows, which are whole.
+        """
+
+        def work(change: Change) -> list[_Candidate]:
+            # What was mounted or named since the marking counts too.
+            marked.add_roots(change)
+            gone = []
+            for candidate in batch:
+                value = change.get(Table.BLOBS, candidate.key)
+                if value is None or candidate.key in marked.keys or unpack_row(value).used >= cutoff:
+                    continue
+                change.delete(Table.BLOBS, candidate.key)
+                gone.append(candidate)
+            if gone:
+                count_removal(change)
+            return gone
+
+        with self._blobs.removing():
+            gone = self._index.update(work)
+            for candidate in gone:
+                with suppress(FileNotFoundError):
+                    os.unlink(blob_path(Digest.from_key(candidate.key, 0)), dir_fd=self._blobs.directory)
+        return gone
+
+    def _forget(self, removed: set[bytes], marked: _Marked) -> None:
+        """Drop what the index knows of blobs that are gone: interned directories, stamps."""
+
+        def work(change: Change) -> None:
+            marked.add_roots(change)
+            doomed = {
+                key
+                for key, _ in change.scan(Table.DIRECTORIES)
+                if key not in marked.keys and change.get(Table.BLOBS, key) is None
+            }
+            if doomed:
+                forget_directories(change, doomed)
+            forget_stamps(change, removed)
+
+        self._index.update(work)
+
+
+class _Candidate(NamedTuple):
+    """A blob that may go; sorts by when it was last used."""
+
+    used: int
+    key: bytes
+    size: int
+
+
+class _Marked:
+    """The keys of all blobs that some roots reach, Directory messages included; grows, never shrinks."""
+
+    def __init__(self, roots: set[bytes], keys: set[bytes]) -> None:
+        self._roots = roots
+        self.keys = keys
+        self._directories: set[int] = set()
+
+    def add_roots(self, view: View) -> None:
+        """Mark what the manifests and leases of this moment reach and was not marked yet."""
+        for root in [*manifest_roots(view), *lease_roots(view)]:
+            if root.key not in self._roots:
+                self._roots.add(root.key)
+                self._mark(view, root)
+
+    def _mark(self, view: View, root: Digest) -> None:
+        self.keys.add(root.key)
+        directory = find_directory(view, root)
+        if directory is None:
+            return
+        for _, rows in walk_directories(view, directory.id, self._directories):
+            self.keys.update(row.entry.digest.key for row in rows if isinstance(row.entry, FileEntry | DirectoryEntry))

@@ -1,0 +1,205 @@
+"""Manifests as text: ours, and the checklists of `sha256sum` and `b3sum`. A codec with no I/O.
+
+Ours, one line an entry, fields between tabs, in the order of the paths'
+components, so that two of them can be compared line by line:
+
+    casfs manifest 1 <function>
+    f <digest> <mtime> <path>              a file; mtime in nanoseconds, or -
+    x <digest> <mtime> <path>              the same, executable
+    l <target> <mtime> <path>              a symbolic link
+    r <stamp> <host path> <path>           a file by reference; stamp is device:inode:size:mtime:ctime
+    X <stamp> <host path> <path>           the same, executable
+    d <path>                               an empty directory
+
+In paths and targets ``%``, control characters and bytes that are not UTF-8 are
+written ``%XX``; everything else stands as it is. A digest is ``<hash>/<size>``
+of the function in the first line. Lines that begin with ``#`` and empty lines
+mean nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from store.digest import Digest, DigestFunction, parse_hash
+from store.entries import (
+    Entry,
+    FileEntry,
+    ReferenceEntry,
+    Stamp,
+    SymlinkEntry,
+    check_target,
+    split_path,
+)
+from store.errors import BadDigest, BadInput, BadManifest
+
+MAGIC = "casfs manifest"
+VERSION = 1
+
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f%\udc80-\udcff\x85\u2028\u2029]")
+_ESCAPED = re.compile(rb"%([0-9A-F]{2})")
+
+
+def path_order(path: bytes) -> bytes:
+    """The sort key under which a directory comes right before its contents."""
+    return path.replace(b"/", b"\0")
+
+
+def quote(raw: bytes) -> str:
+    """A path or target as it stands in a manifest's text."""
+    text = raw.decode("utf-8", "surrogateescape")
+    if not _UNSAFE.search(text):
+        return text
+    return _UNSAFE.sub(
+        lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogateescape")), text
+    )
+
+
+def unquote(text: str) -> bytes:
+    """The inverse of `quote`."""
+    raw = text.encode("utf-8", "surrogateescape")
+    return _ESCAPED.sub(lambda match: bytes((int(match[1], 16),)), raw) if b"%" in raw else raw
+
+
+def format_manifest(items: Iterable[tuple[bytes, Entry | None]], function: DigestFunction) -> Iterator[str]:
+    """The lines of a manifest, each with its newline; items as `TreeBuilder.add_paths` takes them."""
+    yield f"{MAGIC} {VERSION} {function.label}\n"
+    for path, entry in items:
+        where = quote(path)
+        if isinstance(entry, FileEntry):
+            kind = "x" if entry.executable else "f"
+            digest = f"{entry.digest.hash.hex()}/{entry.digest.size}"
+            if entry.digest.function is not function:
+                digest = str(entry.digest)
+            yield f"{kind}\t{digest}\t{_format_mtime(entry.mtime_ns)}\t{where}\n"
+        elif isinstance(entry, SymlinkEntry):
+            yield f"l\t{quote(entry.target)}\t{_format_mtime(entry.mtime_ns)}\t{where}\n"
+        elif isinstance(entry, ReferenceEntry):
+            kind = "X" if entry.executable else "r"
+            yield f"{kind}\t{':'.join(map(str, entry.stamp))}\t{quote(entry.path)}\t{where}\n"
+        else:
+            yield f"d\t{where}\n"
+
+
+def _format_mtime(mtime_ns: int | None) -> str:
+    return "-" if mtime_ns is None else str(mtime_ns)
+
+
+def parse_manifest(lines: Iterable[str], source: str) -> Iterator[tuple[bytes, Entry | None]]:
+    """The items of a manifest's text, in its order.
+
+    `source` names the text in messages. Raises BadManifest with the line's number.
+    """
+    numbered = enumerate(lines, 1)
+    function = _parse_header(next(numbered, (1, ""))[1], source)
+    for number, line in numbered:
+        line = line.rstrip("\n")
+        if not line or line.startswith("#"):
+            continue
+        try:
+            yield _parse_line(line, function)
+        except (BadInput, ValueError) as error:
+            raise BadManifest(f"{source}:{number}: {error}") from error
+
+
+def _parse_header(line: str, source: str) -> DigestFunction:
+    fields = line.split()
+    if fields[:2] != MAGIC.split() or len(fields) != 4:
+        raise BadManifest(f"{source}:1: a manifest begins with '{MAGIC} {VERSION} blake3', not {line[:60]!r}")
+    if fields[2] != str(VERSION):
+        raise BadManifest(f"{source}:1: manifest version {fields[2]}: this casfs reads version {VERSION}")
+    try:
+        return DigestFunction.named(fields[3])
+    except BadDigest as error:
+        raise BadManifest(f"{source}:1: {error}") from error
+
+
+def _parse_line(line: str, function: DigestFunction) -> tuple[bytes, Entry | None]:
+    kind, *fields = line.split("\t")
+    if len(fields) != (1 if kind == "d" else 3) or kind not in _KINDS:
+        raise ValueError(f"not a manifest line (kind, fields between tabs): {line[:80]!r}")
+    path = unquote(fields[-1])
+    name = split_path(path, "manifest")[-1]
+    if kind == "d":
+        return path, None
+    if kind in "fx":
+        return path, FileEntry(name, _parse_digest(fields[0], function), kind == "x", _parse_mtime(fields[1]))
+    if kind == "l":
+        target = unquote(fields[0])
+        check_target(target, "manifest")
+        return path, SymlinkEntry(name, target, _parse_mtime(fields[1]))
+    return path, ReferenceEntry(name, _parse_host_path(fields[1]), _parse_stamp(fields[0]), kind == "X")
+
+
+_KINDS = frozenset("fxlrXd")
+
+
+def _parse_digest(text: str, function: DigestFunction) -> Digest:
+    digest = Digest.parse(text if ":" in text else f"{function.label}:{text}")
+    if digest.function is not function:
+        raise ValueError(f"digest {text} is not of the manifest's function, {function.label}")
+    return digest
+
+
+def _parse_mtime(text: str) -> int | None:
+    return None if text == "-" else int(text)
+
+
+def _parse_stamp(text: str) -> Stamp:
+    numbers = [int(part) for part in text.split(":")]
+    if len(numbers) != 5 or min(numbers[:3]) < 0:
+        raise ValueError(f"a stamp is device:inode:size:mtime:ctime, not {text[:80]!r}")
+    return Stamp(*numbers)
+
+
+def _parse_host_path(text: str) -> bytes:
+    path = unquote(text)
+    if not path.startswith(b"/") or b"\0" in path:
+        raise ValueError(f"a file by reference has an absolute host path, not {text[:80]!r}")
+    return path
+
+
+class ChecklistLine(NamedTuple):
+    """One line of a checklist: a path, and the hash its file had."""
+
+    path: bytes
+    hash: bytes
+    function: DigestFunction
+    line: int
+
+
+_TAGGED = re.compile(rb"^(SHA256|BLAKE3) \((.*)\) = ([0-9a-f]{64})$", re.DOTALL)
+_PLAIN = re.compile(rb"^([0-9a-f]{64})  ?\*?(.+)$", re.DOTALL)
+_BACKSLASHED = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
+
+
+def parse_checklist(lines: Iterable[bytes], function: DigestFunction, source: str) -> Iterator[ChecklistLine]:
+    r"""The lines of what `sha256sum` or `b3sum` printed, plain or ``--tag``.
+
+    A line that begins with a backslash has ``\\`` and ``\n`` escaped in its
+    name, as coreutils and b3sum write it. A leading ``./`` is dropped. The
+    plain format doesn't say its function: it is `function`. Raises BadManifest
+    with the line's number.
+    """
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip(b"\n")
+        if not line:
+            continue
+        escaped = line.startswith(b"\\")
+        body = line[1:] if escaped else line
+        if match := _TAGGED.match(body):
+            named, path, hexadecimal = DigestFunction[match[1].decode()], match[2], match[3]
+        elif match := _PLAIN.match(body):
+            named, hexadecimal, path = function, match[1], match[2]
+        else:
+            raise BadManifest(f"{source}:{number}: not a line of sha256sum or b3sum: {line[:80]!r}")
+        if escaped:
+            path = re.sub(rb"\\[\\nr]", lambda found: _BACKSLASHED[found[0]], path)
+        path = path.removeprefix(b"./")
+        try:
+            split_path(path, "checklist")
+        except BadInput as error:
+            raise BadManifest(f"{source}:{number}: {error}") from error
+        yield ChecklistLine(path, parse_hash(hexadecimal.decode()), named, number)

@@ -1,0 +1,105 @@
+"""One store, opened: where its parts are put together.
+
+`Store.open` is the way in. Open it after a fork, close it before; threads may
+share it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from store.blobs import Blobs
+from store.errors import NewerFormat, StoreUnusable
+from store.gc import Collector
+from store.importing import Importer
+from store.index import Index
+from store.ingest import Ingest, living_sessions
+from store.layout import Layout
+from store.leases import Leases
+from store.manifests import Manifests
+from store.verify import Verifier
+
+FORMAT = 1
+"""Of the directory; the index has a format of its own."""
+
+
+class Store:
+    """The parts of a store, by name."""
+
+    def __init__(self, layout: Layout, index: Index) -> None:
+        self.layout = layout
+        self.index = index
+        self.blobs = Blobs(layout, index)
+        self.manifests = Manifests(layout, index, self.blobs)
+        self.leases = Leases(layout, index)
+        self.importer = Importer(layout, index, self.blobs)
+        self.collector = Collector(layout, index, self.blobs, self.leases)
+        self.verifier = Verifier(index, self.blobs, self.manifests, self.leases, self.importer)
+
+    @classmethod
+    def open(cls, root: Path, *, create: bool = True) -> Store:
+        """Open the store in the directory `root`, making one where there is nothing.
+
+        What killed processes left in ``tmp/`` is removed. Raises StoreUnusable
+        for a directory that is no store or can't be written, NewerFormat.
+        """
+        layout = Layout(root.absolute())
+        _check_directory(layout, create)
+        store = cls(layout, Index(layout.index))
+        living_sessions(layout, clean=True)
+        return store
+
+    def ingest(self) -> Ingest:
+        """A session for adding blobs."""
+        return Ingest(self.layout, self.index, self.blobs)
+
+    def close(self) -> None:
+        """Let go of all descriptors."""
+        self.blobs.close()
+        self.index.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_directory(layout: Layout, create: bool) -> None:
+    marker = layout.marker
+    try:
+        text = marker.read_text()
+    except FileNotFoundError:
+        if not create:
+            raise StoreUnusable(f"there is no store in {layout.root}") from None
+        _make_directory(layout, marker)
+        return
+    except OSError as error:
+        raise StoreUnusable(f"can't read the store in {layout.root}: {error.strerror}") from error
+    match = re.fullmatch(r"casfs store (\d+)\n", text)
+    if match is None:
+        raise StoreUnusable(f"{marker} doesn't say 'casfs store {FORMAT}': is {layout.root} a store?")
+    if int(match[1]) > FORMAT:
+        raise NewerFormat(
+            f"the store in {layout.root} has format {match[1]}, this casfs knows {FORMAT}: use the newer casfs"
+        )
+    if not os.access(layout.tmp, os.W_OK) or not os.access(layout.index, os.W_OK):
+        raise StoreUnusable(f"the store in {layout.root} can't be written by this user; choose another with --store")
+
+
+def _make_directory(layout: Layout, marker: Path) -> None:
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True)
+        strangers = {entry.name for entry in os.scandir(layout.root)} - {d.name for d in layout.directories()}
+        if {name for name in strangers if not name.startswith(layout.marker.name)}:
+            raise StoreUnusable(f"{layout.root} is not empty and no store: choose an empty or new directory")
+        for directory in layout.directories():
+            directory.mkdir(exist_ok=True)
+        # Last and at once: a store is whole when it has its marker.
+        partial = marker.with_name(f"{marker.name}.{os.getpid()}")
+        partial.write_text(f"casfs store {FORMAT}\n")
+        os.replace(partial, marker)
+    except OSError as error:
+        raise StoreUnusable(f"can't make a store in {layout.root}: {error.strerror}") from error

@@ -1,0 +1,276 @@
+"""Interned directories: the rows that answer a lookup with one B-tree probe.
+
+A directory is interned once, however many trees contain it. It gets a number
+(`directory id`), rising and never used again; a subdirectory is interned before
+what contains it, so an id is greater than all ids below it.
+
+Preorder ranks. The entries of a directory are in the order of their names. An
+entry's *offset* is how many nodes of the subtree come before it, the
+directory itself not counted; its *span* is how many nodes it stands for (one,
+or all of a subdirectory). A node of a projected tree is then identified by its
+preorder rank: child rank = directory rank + 1 + offset, and from a rank the
+node is found again by descending (`entry_at`). Nothing is kept in memory.
+
+Rows (integers in keys big-endian, so that they sort; in values little-endian)
+    DIRECTORIES  digest key                 → id, message size, nodes, files, bytes, subdirectories, references
+    ENTRIES      directory id + name        → kind, flags, offset, then what the kind needs
+    WAYPOINTS    directory id + offset      → name, for every 64th entry: where to start looking for an offset
+
+All functions take a `View` or `Change`; threading is theirs.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from store.digest import Digest, DigestFunction
+from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, Stamp, SymlinkEntry
+from store.errors import BadTree
+from store.index import Change, Table, View
+
+WAYPOINT_EVERY = 64
+
+_ID = struct.Struct(">Q")
+_ID_OFFSET = struct.Struct(">QQ")
+_SUMMARY = struct.Struct("<QQQQQII")
+_HEAD = struct.Struct("<BBQ")  # kind, flags, offset
+_FILE = struct.Struct("<BBQB32sQ")  # head, function, hash, size
+_DIRECTORY = struct.Struct("<BBQB32sQQQI")  # head, function, hash, size, id, nodes, subdirectories
+_STAMP = struct.Struct("<QQQqq")
+_MTIME = struct.Struct("<q")
+
+_KIND_FILE, _KIND_REFERENCE, _KIND_SYMLINK, _KIND_DIRECTORY = 1, 2, 3, 4
+_EXECUTABLE, _HAS_MTIME = 1, 2
+_FUNCTIONS = {int(f): f for f in DigestFunction}
+_NEXT_ID = b"next directory id"
+
+
+class Directory(NamedTuple):
+    """What is known of an interned directory without looking inside.
+
+    `nodes`, `files`, `bytes` and `references` are of the whole subtree (nodes
+    with the directory itself, bytes of file contents), `subdirectories` of the
+    directory alone.
+    """
+
+    id: int
+    digest: Digest
+    nodes: int
+    files: int
+    bytes: int
+    subdirectories: int
+    references: int
+
+
+class Row(NamedTuple):
+    """An entry in its place: its offset, and for a subdirectory the id, node count and subdirectory count."""
+
+    offset: int
+    entry: Entry
+    id: int = 0
+    nodes: int = 1
+    subdirectories: int = 0
+
+
+def find_directory(view: View, digest: Digest) -> Directory | None:
+    """The interned directory of that digest, or None."""
+    value = view.get(Table.DIRECTORIES, digest.key)
+    return None if value is None else _decode_summary(digest.key, value)
+
+
+def _decode_summary(key: bytes, value: bytes) -> Directory:
+    number, size, *counts = _SUMMARY.unpack(value)
+    return Directory(number, Digest.from_key(key, size), *counts)
+
+
+def intern_directories(change: Change, batch: Iterable[tuple[Digest, list[Entry]]]) -> None:
+    """Intern directories with their entries, subdirectories first.
+
+    Entries must be sorted by name. Raises BadTree when a subdirectory was
+    neither interned before nor comes earlier in the batch.
+    """
+    next_id = int(change.get(Table.META, _NEXT_ID) or 1)
+    known: dict[bytes, Directory] = {}
+    rows: list[tuple[bytes, bytes]] = []
+    waypoints: list[tuple[bytes, bytes]] = []
+    for digest, entries in batch:
+        key = digest.key
+        if key in known or change.get(Table.DIRECTORIES, key) is not None:
+            continue
+        directory = _encode_rows(change, next_id, digest, entries, known, rows, waypoints)
+        next_id += 1
+        known[key] = directory
+        change.put(Table.DIRECTORIES, key, _SUMMARY.pack(directory.id, digest.size, *directory[2:]))
+    change.append(Table.ENTRIES, rows)
+    change.append(Table.WAYPOINTS, waypoints)
+    change.put(Table.META, _NEXT_ID, str(next_id).encode())
+
+
+def _encode_rows(
+    change: Change,
+    number: int,
+    digest: Digest,
+    entries: list[Entry],
+    known: dict[bytes, Directory],
+    rows: list[tuple[bytes, bytes]],
+    waypoints: list[tuple[bytes, bytes]],
+) -> Directory:
+    prefix = _ID.pack(number)
+    offset = files = content = subdirectories = references = 0
+    for position, entry in enumerate(entries):
+        if position % WAYPOINT_EVERY == 0 and position:
+            waypoints.append((prefix + offset.to_bytes(8, "big"), entry.name))
+        span = 1
+        if isinstance(entry, FileEntry):
+            function, hash_, size = entry.digest
+            flags = entry.executable | (entry.mtime_ns is not None) << 1
+            value = _FILE.pack(_KIND_FILE, flags, offset, function, hash_, size)
+            if entry.mtime_ns is not None:
+                value += _MTIME.pack(entry.mtime_ns)
+            files += 1
+            content += size
+        elif isinstance(entry, DirectoryEntry):
+            child = known.get(entry.digest.key) or find_directory(change, entry.digest)
+            if child is None:
+                raise BadTree(f"subdirectory {entry.name!r} ({entry.digest}) is not interned")
+            value = _DIRECTORY.pack(
+                _KIND_DIRECTORY, 0, offset, *entry.digest, child.id, child.nodes, child.subdirectories
+            )
+            span = child.nodes
+            subdirectories += 1
+            files += child.files
+            content += child.bytes
+            references += child.references
+        elif isinstance(entry, SymlinkEntry):
+            value = _HEAD.pack(_KIND_SYMLINK, 0 if entry.mtime_ns is None else _HAS_MTIME, offset)
+            if entry.mtime_ns is not None:
+                value += _MTIME.pack(entry.mtime_ns)
+            value += entry.target
+        else:
+            value = _HEAD.pack(_KIND_REFERENCE, entry.executable, offset) + _STAMP.pack(*entry.stamp) + entry.path
+            files += 1
+            content += entry.stamp.size
+            references += 1
+        rows.append((prefix + entry.name, value))
+        offset += span
+    return Directory(number, digest, offset + 1, files, content, subdirectories, references)
+
+
+def _decode_row(name: bytes, value: bytes) -> Row:
+    kind = value[0]
+    if kind == _KIND_FILE:
+        _, flags, offset, function, hash_, size = _FILE.unpack_from(value)
+        mtime_ns = _MTIME.unpack_from(value, _FILE.size)[0] if flags & _HAS_MTIME else None
+        digest = Digest(_FUNCTIONS[function], hash_, size)
+        return Row(offset, FileEntry(name, digest, bool(flags & _EXECUTABLE), mtime_ns))
+    if kind == _KIND_DIRECTORY:
+        _, _, offset, function, hash_, size, number, nodes, subdirectories = _DIRECTORY.unpack(value)
+        digest = Digest(_FUNCTIONS[function], hash_, size)
+        return Row(offset, DirectoryEntry(name, digest), number, nodes, subdirectories)
+    _, flags, offset = _HEAD.unpack_from(value)
+    rest = value[_HEAD.size :]
+    if kind == _KIND_SYMLINK:
+        if flags & _HAS_MTIME:
+            return Row(offset, SymlinkEntry(name, rest[_MTIME.size :], _MTIME.unpack_from(rest)[0]))
+        return Row(offset, SymlinkEntry(name, rest))
+    stamp = Stamp(*_STAMP.unpack_from(rest))
+    return Row(offset, ReferenceEntry(name, rest[_STAMP.size :], stamp, bool(flags & _EXECUTABLE)))
+
+
+def find_entry(view: View, directory: int, name: bytes) -> Row | None:
+    """The entry of that name in the directory with that id, or None. One probe."""
+    if len(name) > 255:
+        return None
+    value = view.get(Table.ENTRIES, _ID.pack(directory) + name)
+    return None if value is None else _decode_row(name, value)
+
+
+def entry_at(view: View, directory: int, offset: int) -> Row | None:
+    """The entry whose span contains `offset`, or None past the end.
+
+    Two probes and at most 64 steps, whatever the size of the directory.
+    """
+    found = None
+    for row in _rows_around(view, directory, offset):
+        if row.offset > offset:
+            break
+        found = row
+    if found is None or offset >= found.offset + found.nodes:
+        return None
+    return found
+
+
+def list_entries(view: View, directory: int, offset: int = 0) -> Iterator[Row]:
+    """The entries from the first with an offset of at least `offset` on, in order of name."""
+    for row in _rows_around(view, directory, offset):
+        if row.offset >= offset:
+            yield row
+
+
+def _rows_around(view: View, directory: int, offset: int) -> Iterator[Row]:
+    """The entries from the last waypoint before `offset` on."""
+    prefix = _ID.pack(directory)
+    start = b""
+    if offset >= WAYPOINT_EVERY:
+        waypoint = view.last_at_or_before(Table.WAYPOINTS, _ID_OFFSET.pack(directory, offset))
+        if waypoint is not None and waypoint[0].startswith(prefix):
+            start = prefix + waypoint[1]
+    for key, value in view.scan(Table.ENTRIES, start, prefix):
+        yield _decode_row(key[_ID.size :], value)
+
+
+def walk(view: View, root: Directory) -> Iterator[tuple[bytes, Entry]]:
+    """Every path below the root with its entry, a directory before its contents, in order of components."""
+    stack = [(b"", list_entries(view, root.id))]
+    while stack:
+        prefix, rows = stack[-1]
+        for row in rows:
+            path = prefix + row.entry.name
+            yield path, row.entry
+            if row.id:
+                stack.append((path + b"/", list_entries(view, row.id)))
+                break
+        else:
+            stack.pop()
+
+
+def walk_directories(view: View, root: int, seen: set[int]) -> Iterator[tuple[int, list[Row]]]:
+    """Each distinct directory below and with the id `root` once, with its entries; `seen` is added to."""
+    pending = [root]
+    while pending:
+        number = pending.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        rows = list(list_entries(view, number))
+        pending.extend(row.id for row in rows if row.id)
+        yield number, rows
+
+
+def forget_directories(change: Change, doomed: set[bytes]) -> int:
+    """Remove interned directories whose digest key is in `doomed`, and all that contain one of them.
+
+    What contains a forgotten directory must go too: its rows hold the child's
+    id. Ids rise from the leaves up, so one pass in order of id finds them all.
+    Returns how many were removed.
+    """
+    summaries = sorted(
+        (_decode_summary(key, value) for key, value in change.scan(Table.DIRECTORIES)), key=lambda d: d.id
+    )
+    gone: set[int] = set()
+    for directory in summaries:
+        if directory.digest.key not in doomed and not (
+            directory.subdirectories and any(r.id in gone for r in list_entries(change, directory.id) if r.id)
+        ):
+            continue
+        gone.add(directory.id)
+    for directory in summaries:
+        if directory.id in gone:
+            prefix = _ID.pack(directory.id)
+            for table in (Table.ENTRIES, Table.WAYPOINTS):
+                for key in [key for key, _ in change.scan(table, prefix=prefix)]:
+                    change.delete(table, key)
+            change.delete(Table.DIRECTORIES, directory.digest.key)
+    return len(gone)
