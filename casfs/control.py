@@ -12,6 +12,7 @@ The server runs in a thread of its own beside the session.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import socket
 import socketserver
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,6 @@ class ControlServer:
 
     def __init__(self, mount: Mount, operations: dict[str, Operation]) -> None:
         self._path = _socket_of(mount)
-        # A daemon that was killed leaves its socket; its device number is ours now.
-        self._path.unlink(missing_ok=True)
 
         class Handler(socketserver.StreamRequestHandler):
             timeout = _TIMEOUT_SECONDS
@@ -75,17 +75,40 @@ class ControlServer:
                     line = self.rfile.readline(_LONGEST)
                     self.wfile.write(_answer(line, operations) + b"\n")
 
-        with _short_path(self._path) as address:
+        with _names_locked(self._path.parent), _short_path(self._path) as address:
+            # A daemon that was killed leaves its socket; its device number is ours now.
+            self._path.unlink(missing_ok=True)
             self._server = socketserver.ThreadingUnixStreamServer(address, Handler)
+            self._identity = self._path.stat(follow_symlinks=False).st_ino
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="control", daemon=True)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        # Not `serve_forever`: that looks twice a second whether it shall end, and `close` would wait for it.
+        while not self._closing:
+            try:
+                connection, address = self._server.get_request()
+            except OSError:
+                # Closed (EINVAL); or nobody can be served now (EMFILE): not in a busy loop, then.
+                if not self._closing:
+                    time.sleep(0.1)
+                continue
+            self._server.process_request(connection, address)
 
     def close(self) -> None:
         """Stop answering and remove the socket."""
-        self._server.shutdown()
+        self._closing = True
+        # On a listening socket: wakes the thread that waits in accept.
+        self._server.socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        with _names_locked(self._path.parent), contextlib.suppress(FileNotFoundError):
+            # Our mount is gone already, so a new one may have its device number, and this name.
+            if self._path.stat(follow_symlinks=False).st_ino == self._identity:
+                self._path.unlink()
+        # Last: as long as the socket is open, no other can have its inode number.
         self._server.server_close()
-        self._path.unlink(missing_ok=True)
 
 
 def _answer(line: bytes, operations: dict[str, Operation]) -> bytes:
@@ -132,6 +155,17 @@ def statistics(mountpoint: Path) -> dict[str, Any]:
     """What the session behind a mount counted: ``engine``, ``upcalls`` by opcode and more."""
     result: dict[str, Any] = call(mountpoint, "statistics")
     return result
+
+
+@contextlib.contextmanager
+def _names_locked(directory: Path) -> Iterator[None]:
+    """Held while a socket gets or loses its name."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

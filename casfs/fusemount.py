@@ -12,7 +12,16 @@ from pathlib import Path
 
 from casfs.errors import Busy, MissingCapability, MountError, NotMounted
 from casfs.mountinfo import FUSE_TYPE, find_mount
-from casfs.syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_RDONLY, UMOUNT_NOFOLLOW, mount, umount
+from casfs.syscalls import (
+    MNT_DETACH,
+    MS_NODEV,
+    MS_NOSUID,
+    MS_RDONLY,
+    UMOUNT_NOFOLLOW,
+    has_admin_capability,
+    mount,
+    umount,
+)
 
 DEVICE = "/dev/fuse"
 SOURCE = "casfs"
@@ -25,7 +34,7 @@ def attach(mountpoint: Path) -> int:
     Nothing answers until a session serves it. Raises MissingCapability where
     there is no FUSE device or no way for this user to mount, MountError.
     """
-    if os.geteuid() == 0:
+    if has_admin_capability():
         return _attach_directly(mountpoint)
     return _attach_with_helper(mountpoint)
 
@@ -84,7 +93,7 @@ def detach(mountpoint: Path, *, lazy: bool = False) -> None:
     found = find_mount(str(mountpoint))
     if found is None or not found.is_casfs:
         raise NotMounted(f"there is no casfs mount at {mountpoint}")
-    if os.geteuid() == 0:
+    if has_admin_capability():
         try:
             umount(str(mountpoint), UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))
         except OSError as error:

@@ -185,7 +185,8 @@ def _serve(
             report = MountReport(session.engine, why, missing, os.getpid())
             try:
                 with _unmounting_on_signals(path):
-                    ready(report)
+                    with _unmounting_on_failure(path):
+                        ready(report)  # fails when whoever asked for the mount was killed meanwhile
                     session.run()
             finally:
                 control.close()

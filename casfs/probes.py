@@ -12,15 +12,17 @@ import os
 import shutil
 import signal
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from casfs.errors import CasfsError
-from casfs.fusemount import DEVICE, attach
+from casfs.errors import CasfsError, MountError
+from casfs.fusemount import DEVICE, attach, detach
 from casfs.session import Session
-from casfs.syscalls import CLONE_NEWNS, MS_PRIVATE, MS_REC, clone_read_only, mount, unshare
+from casfs.syscalls import CLONE_NEWNS, MS_PRIVATE, MS_REC, clone_read_only, has_admin_capability, mount, unshare
 from casfs.tree import FIXED_MTIME_NS, ROOT, Node, NodeId
 from store.digest import Digest, DigestFunction
 from store.entries import FileEntry, ReferenceEntry
@@ -63,11 +65,16 @@ class _OneFile:
 
 
 class _OneContent:
-    """The probe's file, opened through a read-only copy of its mount. Implements `casfs.session.Opener`."""
+    """The probe's file, opened through a read-only copy of its mount or as it is. Implements `casfs.session.Opener`."""
 
-    def __init__(self, path: Path) -> None:
-        self._directory = clone_read_only(str(path.parent))
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        directory = str(path.parent)
+        self._directory = clone_read_only(directory) if read_only else os.open(directory, os.O_PATH)
         self._name = path.name
+
+    def read(self) -> bytes:
+        with open(os.open(self._name, os.O_RDONLY, dir_fd=self._directory), "rb") as file:
+            return file.read()
 
     def open_now(self, entry: FileEntry | ReferenceEntry) -> int | None:
         return self.open(entry)
@@ -82,10 +89,10 @@ def probe_passthrough(file: Path) -> Probe:
     The file shall lie where the blobs do: whether the kernel passes through
     depends on that file system too.
     """
-    if os.geteuid() != 0:
+    if not has_admin_capability():
         return Probe(
             False,
-            "FUSE passthrough needs CAP_SYS_ADMIN, and this user is not root",
+            "FUSE passthrough needs CAP_SYS_ADMIN, which this process doesn't have",
             "mount as root, or use --engine fuse",
         )
     if not os.path.exists(DEVICE):
@@ -94,23 +101,55 @@ def probe_passthrough(file: Path) -> Probe:
 
 
 def _try_passthrough(file: Path) -> Probe:
-    expected = file.read_bytes()
-    contents = _OneContent(file)
+    contents = _OneContent(file, read_only=True)
+    _leave_mount_namespace()
+    # Over the directory the file is in: nothing has to be made, and nobody else sees it.
+    upcalls = _read_through(contents, file.parent, passthrough=True)
+    if upcalls:
+        return Probe(False, f"a file was read with {upcalls} READ upcalls in spite of passthrough", "use --engine fuse")
+    return Probe(True, "a registered file was read through a mount with no READ upcall")
+
+
+def probe_mount(file: Path) -> Probe:
+    """Mount without passthrough and read `file` through the mount: what any engine needs of the machine.
+
+    Without CAP_SYS_ADMIN the mount is made by fusermount3, in a new directory
+    beside the file, and taken away again.
+    """
+    return _in_child(lambda: _try_mount(file))
+
+
+def _try_mount(file: Path) -> Probe:
+    contents = _OneContent(file, read_only=False)
+    if has_admin_capability():
+        _leave_mount_namespace()
+        _read_through(contents, file.parent, passthrough=False)
+        return Probe(True, "a file was read through a mount made with mount(2)")
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix="probe-") as place:
+        try:
+            _read_through(contents, Path(place), passthrough=False)
+        finally:
+            with suppress(CasfsError):
+                detach(Path(place), lazy=True)
+    return Probe(True, "a file was read through a mount made by fusermount3")
+
+
+def _leave_mount_namespace() -> None:
     unshare(CLONE_NEWNS)
     mount("none", "/", "", MS_REC | MS_PRIVATE, "")
-    # Over the directory the file is in: nothing has to be made, and nobody else sees it.
-    session = Session(attach(file.parent), _OneFile(len(expected)), contents, passthrough=True)
+
+
+def _read_through(contents: _OneContent, place: Path, *, passthrough: bool) -> int:
+    """Read the file through a mount at `place`; returns how many READ upcalls that took. Raises CasfsError, OSError."""
+    expected = contents.read()
+    session = Session(attach(place), _OneFile(len(expected)), contents, passthrough=passthrough)
     session.begin()
     threading.Thread(target=session.run, daemon=True).start()
-    try:
-        with open(file.parent / "probe", "rb") as through:
-            read = through.read()
-    except OSError as error:
-        return Probe(False, f"a file passed through could not be opened: {error.strerror}", "use --engine fuse")
-    upcalls = session.statistics()["upcalls"]
-    if read != expected or upcalls["READ"]:
-        return Probe(False, f"a file was read with {upcalls['READ']} READ upcalls", "use --engine fuse")
-    return Probe(True, "a registered file was read through a mount with no READ upcall")
+    with open(place / "probe", "rb") as through:
+        if through.read() != expected:
+            raise MountError("a file read through a mount had other bytes")
+    upcalls: int = session.statistics()["upcalls"]["READ"]
+    return upcalls
 
 
 def probe_pyfuse3() -> Probe:
@@ -121,7 +160,7 @@ def probe_pyfuse3() -> Probe:
         importlib.import_module("casfs.session_pyfuse3")
     except ImportError as error:
         return Probe(False, f"pyfuse3 can't be imported ({error})", "pip install 'casfs[fuse]', which builds it")
-    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+    if not has_admin_capability() and shutil.which("fusermount3") is None:
         return Probe(False, "fusermount3 is not installed", "install the Debian package fuse3")
     return Probe(True, "pyfuse3 is installed")
 

@@ -34,8 +34,12 @@ def try_clone(source: int, target: int) -> bool:
 
 def clone_or_copy(source: int, target: int) -> None:
     """Fill the empty file `target` with the content of `source`: a reflink, else a copy in the kernel."""
-    if try_clone(source, target):
-        return
+    if not try_clone(source, target):
+        copy(source, target)
+
+
+def copy(source: int, target: int) -> None:
+    """Fill the empty file `target` with the content of `source`, in the kernel where it can."""
     copied = 0
     while True:
         try:

@@ -1,0 +1,45 @@
+# Entry to everything a developer does here. `make` shows what there is.
+
+PYTHON_IN := .venv/bin/python
+TESTARGS ?=
+BENCHARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long check check-style check-types check-imports bench clean
+
+help:  ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  TESTARGS go to pytest:          make test TESTARGS='-n 2 tests/store'"
+	@echo "  BENCHARGS go to the benchmark:  make bench BENCHARGS=--help"
+
+setup:  ## install what is missing, make .venv (does nothing if nothing changed)
+	@config/setup.sh
+
+demo: setup  ## see casfs at work, in a minute
+	$(PYTHON_IN) -m tools.demo
+
+test: setup  ## run the default tests
+	$(PYTHON_IN) -m pytest $(TESTARGS)
+
+test-long: setup  ## run the tests that take longer
+	$(PYTHON_IN) -m pytest -m long $(TESTARGS)
+
+check: check-style check-types check-imports  ## lint, formatting, types, import rules (-k: don't stop at the first)
+
+check-style: setup
+	$(PYTHON_IN) -m ruff check .
+	$(PYTHON_IN) -m ruff format --check .
+
+check-types: setup
+	$(PYTHON_IN) -m mypy
+
+check-imports: setup
+	$(PYTHON_IN) -m pytest -q tests/test_imports.py
+
+bench: setup  ## measure
+	$(PYTHON_IN) -m tools.bench $(BENCHARGS)
+
+clean:  ## remove .venv, caches and build results
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,105 @@
+"""`python -m tools.bench [SCENARIO …]`: measure, print a table, write JSON.
+
+Each scenario runs in a process of its own, freshly started: what one leaves in
+memory would be copied into the daemons of the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tools.bench import report
+from tools.bench.machine import describe
+from tools.bench.measuring import Settings
+from tools.bench.running import run_apart
+from tools.bench.scenarios import MODULES, load
+from tools.bench.scratch import ending_on_signals, scratch_directory
+
+_MARKDOWN, _JSON = Path("BENCHMARKS.md"), Path("benchmarks.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0, or 1 where a scenario failed: a missed aim is a result, not a failure."""
+    options = _parse(arguments)
+    with ending_on_signals(), scratch_directory(options.scratch, "bench") as scratch:
+        if options.profile:
+            return _profile(scratch, quick=options.quick)
+        machine = describe(scratch)
+        results = {}
+        failed = []
+        for name in options.scenario or list(MODULES):
+            place = scratch / name
+            place.mkdir()
+            began = time.monotonic()
+            print(f"{name} …", file=sys.stderr, flush=True)
+            outcome = run_apart(name, Settings(place, options.quick, options.repeat))
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            if outcome is None:
+                failed.append(name)
+            else:
+                results[name] = (load(name).about, outcome)
+    command = _command(options)
+    text = report.as_markdown(machine, command, results)
+    value = json.dumps(report.as_json(machine, command, results), indent=1, ensure_ascii=False) + "\n"
+    if options.write:
+        _MARKDOWN.write_text(text)
+        _JSON.write_text(value)
+    else:
+        print(text, end="")
+    if options.json:
+        options.json.write_text(value)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measure casfs on this machine.")
+    parser.add_argument(
+        "scenario", nargs="*", metavar="SCENARIO", help=f"what to measure: {', '.join(MODULES)} (default: all)"
+    )
+    parser.add_argument("--repeat", type=int, metavar="N", help="repeat each measure so often")
+    parser.add_argument("--quick", action="store_true", help="small sizes, once each: shows that it works, no more")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where to make stores (default: temporary files)")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {_MARKDOWN} and {_JSON} here in place of printing the tables"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="profile the native session's loop per upcall, and nothing else"
+    )
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.scenario if name not in MODULES]
+    if unknown:
+        parser.error(f"there is no scenario {unknown[0]!r}: choose from {', '.join(MODULES)}")
+    if options.repeat is not None and options.repeat < 1:
+        parser.error("--repeat takes a number from 1 on")
+    return options
+
+
+def _command(options: argparse.Namespace) -> str:
+    words = ["python -m tools.bench", *options.scenario]
+    if options.quick:
+        words.append("--quick")
+    if options.repeat:
+        words.append(f"--repeat {options.repeat}")
+    return " ".join(words)
+
+
+def _profile(scratch: Path, *, quick: bool) -> int:
+    from tools.bench.upcalls import profile
+
+    for name, calls, functions in profile(Settings(scratch, quick)):
+        print(report.profile_as_text(name, calls, functions), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    # Where the output goes to a program that stops reading (head), that is no error.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(main())

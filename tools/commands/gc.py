@@ -1,0 +1,66 @@
+"""``casfs gc``: bring the store below a size, least recently used blobs first."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from store.errors import BadInput
+from store.repository import Store
+from tools.config import Settings
+from tools.exits import Exit
+from tools.output import count, format_duration, format_size, parse_duration, parse_size, print_json, progress, warn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``casfs gc`` takes."""
+    parser.add_argument("--high", metavar="SIZE", help="do nothing up to this size (default: the configuration's)")
+    parser.add_argument(
+        "--low", metavar="SIZE", help="above, remove down to this (default: the configuration's, else 4/5 of --high)"
+    )
+    parser.add_argument(
+        "--grace",
+        metavar="DURATION",
+        help="keep what was used within this time (default: the configuration's, else 1h)",
+    )
+    parser.add_argument("-n", "--dry-run", action="store_true", help="only say what would be removed")
+    keys = "{blobs_before, bytes_before, removed_blobs, removed_bytes, pinned_bytes, bytes_after, dry_run}"
+    parser.add_argument("--json", action="store_true", help=f"print {keys}")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Collect; exits with 1 if the store is still too large."""
+    high = settings.gc_high if args.high is None else parse_size(args.high)
+    if high is None:
+        raise BadInput("say how large the store may be: --high 20GiB, or high under [gc] in the configuration")
+    low = _choose_low(args, settings, high)
+    grace = settings.gc_grace if args.grace is None else parse_duration(args.grace)
+    with Store.open(settings.store, create=False) as store, progress("removing", "batches") as advance:
+        result = store.collector.collect(
+            high, low, grace=grace, dry_run=args.dry_run, progress=lambda size: advance(1, size)
+        )
+    if args.json:
+        print_json({**asdict(result), "bytes_after": result.bytes_after, "dry_run": args.dry_run})
+    else:
+        verb = "would be removed" if args.dry_run else "removed"
+        print(f"{count(result.removed_blobs, 'blob')} with {format_size(result.removed_bytes)} {verb}")
+        print(f"{format_size(result.bytes_before)} before, {format_size(result.bytes_after)} after")
+    if result.bytes_after > high:
+        warn(
+            f"the store keeps {format_size(result.bytes_after)}, above {format_size(high)}: manifests and mounts hold "
+            f"{format_size(result.pinned_bytes)}, the rest was used in the last {format_duration(grace)}"
+        )
+        return Exit.NO
+    return Exit.OK
+
+
+def _choose_low(args: argparse.Namespace, settings: Settings, high: int) -> int:
+    if args.low is not None:
+        low = parse_size(args.low)
+    elif args.high is None and settings.gc_low is not None:
+        low = settings.gc_low
+    else:
+        low = high * 4 // 5
+    if low > high:
+        raise BadInput(f"the low mark ({format_size(low)}) is above the high mark ({format_size(high)})")
+    return low

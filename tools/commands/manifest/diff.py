@@ -1,0 +1,96 @@
+"""``casfs manifest diff``: how two trees differ. Exits with 1 if they do, as diff does."""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, SymlinkEntry
+from store.index import View
+from store.manifest_text import path_order, quote
+from store.repository import Store
+from store.trees import Directory, walk
+from tools.commands._resolve import add_manifest_argument, get_root
+from tools.config import Settings
+from tools.exits import Exit
+from tools.output import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``casfs manifest diff`` takes."""
+    add_manifest_argument(parser, "old")
+    add_manifest_argument(parser, "new")
+    parser.add_argument("--json", action="store_true", help="print a list of {change, path, old, new}")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Print a line for each difference: A added, D removed, M changed."""
+    with Store.open(settings.store, create=False) as store:
+        old, new = get_root(store, args.old), get_root(store, args.new)
+        with store.index.view() as view:
+            differences = list(_compare(view, old.directory, new.directory))
+    if args.json:
+        print_json([_as_json(difference) for difference in differences])
+    else:
+        for difference in differences:
+            print(_as_line(difference))
+    return Exit.NO if differences else Exit.OK
+
+
+class _Difference(NamedTuple):
+    path: bytes
+    old: Entry | None
+    new: Entry | None
+
+    @property
+    def change(self) -> str:
+        if self.old is None:
+            return "added"
+        return "removed" if self.new is None else "changed"
+
+
+def _compare(view: View, old: Directory, new: Directory) -> Iterator[_Difference]:
+    before = ((path, 0, entry) for path, entry in walk(view, old))
+    after = ((path, 1, entry) for path, entry in walk(view, new))
+    merged = heapq.merge(before, after, key=lambda item: path_order(item[0]))
+    for path, group in groupby(merged, key=itemgetter(0)):
+        sides: list[Entry | None] = [None, None]
+        for _, side, entry in group:
+            sides[side] = entry
+        both_directories = all(isinstance(entry, DirectoryEntry) for entry in sides)
+        if sides[0] != sides[1] and not both_directories:
+            yield _Difference(path, *sides)
+
+
+def _as_json(difference: _Difference) -> dict[str, object]:
+    return {
+        "change": difference.change,
+        "path": quote(difference.path),
+        "old": _describe(difference.old),
+        "new": _describe(difference.new),
+    }
+
+
+def _as_line(difference: _Difference) -> str:
+    letter = {"added": "A", "removed": "D", "changed": "M"}[difference.change]
+    what = f"  ({_describe(difference.old)} -> {_describe(difference.new)})" if letter == "M" else ""
+    return f"{letter} {quote(difference.path)}{what}"
+
+
+def _describe(entry: Entry | None) -> str | None:
+    match entry:
+        case None:
+            return None
+        case FileEntry():
+            mtime = "" if entry.mtime_ns is None else f" mtime {entry.mtime_ns}"
+            return f"{'program' if entry.executable else 'file'} {entry.digest}{mtime}"
+        case SymlinkEntry():
+            return f"link to {quote(entry.target)}"
+        case ReferenceEntry():
+            return f"reference to {quote(entry.path)}"
+        case DirectoryEntry():
+            return "directory"

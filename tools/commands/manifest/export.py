@@ -1,0 +1,72 @@
+"""``casfs manifest export``: a manifest as text that a person can read and diff, and `import` reads."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import BinaryIO
+
+from store.entries import DirectoryEntry, Entry
+from store.errors import BadInput
+from store.manifest_text import format_manifest
+from store.repository import Store
+from store.trees import walk
+from tools.commands import complete
+from tools.commands._resolve import add_manifest_argument, get_root
+from tools.config import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``casfs manifest export`` takes."""
+    add_manifest_argument(parser)
+    file = parser.add_argument("file", metavar="FILE", nargs="?", default="-", help="default: standard output")
+    complete(file, "file")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Write the lines."""
+    with Store.open(settings.store, create=False) as store:
+        root = get_root(store, args.manifest)
+        with _writing(args.file) as out, store.index.view() as view:
+            items = _without_full_directories(walk(view, root.directory))
+            out.writelines(line.encode() for line in format_manifest(items, root.directory.digest.function))
+    return 0
+
+
+def _without_full_directories(items: Iterable[tuple[bytes, Entry]]) -> Iterator[tuple[bytes, Entry | None]]:
+    """A walk as a manifest's text has it: of directories only the empty ones, as None."""
+    empty: bytes | None = None
+    for path, entry in items:
+        if empty is not None and not path.startswith(empty + b"/"):
+            yield empty, None
+        empty = path if isinstance(entry, DirectoryEntry) else None
+        if empty is None:
+            yield path, entry
+    if empty is not None:
+        yield empty, None
+
+
+@contextmanager
+def _writing(path: str) -> Iterator[BinaryIO]:
+    """Standard output, or a file that appears under its name when it is complete."""
+    if path == "-":
+        yield sys.stdout.buffer
+        return
+    partial = f"{path}.{os.getpid()}.partial"
+    with ExitStack() as stack:
+        try:
+            out = stack.enter_context(open(partial, "xb"))
+            stack.callback(_unlink, partial)
+        except OSError as error:
+            raise BadInput(f"can't write {path}: {error.strerror}") from error
+        yield out
+        out.close()
+        os.replace(partial, path)
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,66 @@
+"""``casfs mount``: show a tree at a place; returns once it can be used."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from casfs.mounting import ENGINES, MountReport, start
+from store.repository import Store
+from tools.commands import complete
+from tools.commands._resolve import add_manifest_argument, get_root
+from tools.config import Settings
+from tools.output import count, print_json, warn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``casfs mount`` takes."""
+    add_manifest_argument(parser)
+    complete(parser.add_argument("directory", metavar="DIR", help="an empty directory to mount on"), "directory")
+    parser.add_argument("--engine", choices=ENGINES, help="how to project (default: the configuration's, else auto)")
+    parser.add_argument(
+        "--foreground", action="store_true", help="serve in this process until unmounted or told to end (Ctrl-C)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say why that engine was chosen")
+    parser.add_argument("--json", action="store_true", help="print {mountpoint, engine, why, root, missing, pid}")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Find the tree, close the store, and mount."""
+    with Store.open(settings.store, create=False) as store:
+        root = get_root(store, args.manifest)
+    # The store is closed: `start` forks, and an LMDB environment must not cross a fork.
+
+    def announce(report: MountReport) -> None:
+        if report.missing:
+            warn(
+                f"{count(report.missing, 'blob')} of {root.label} not in the store: opening what needs them fails; "
+                f"{settings.store / 'casfs.log'} names each"
+            )
+        if args.json:
+            print_json(
+                {
+                    "mountpoint": args.directory,
+                    "engine": report.engine,
+                    "why": report.why,
+                    "root": str(root.directory.digest),
+                    "missing": report.missing,
+                    "pid": report.pid,
+                }
+            )
+        else:
+            why = f": {report.why}" if args.verbose else ""
+            print(f"{root.label} is mounted on {args.directory} (engine {report.engine}{why})")
+        sys.stdout.flush()
+
+    start(
+        settings.store,
+        root.directory.digest,
+        Path(args.directory),
+        engine=args.engine or settings.engine,
+        name=root.name,
+        foreground=args.foreground,
+        ready=announce,
+    )
+    return 0

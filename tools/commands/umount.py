@@ -1,0 +1,25 @@
+"""``casfs umount``: take mounts away, also those of daemons that were killed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from casfs.mounting import unmount
+from tools.commands import complete
+from tools.config import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``casfs umount`` takes."""
+    complete(parser.add_argument("directories", metavar="DIR", nargs="+", help="where it is mounted"), "directory")
+    parser.add_argument(
+        "--lazy", action="store_true", help="take the name away now, the rest when files still open there are closed"
+    )
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Unmount each, in the order given."""
+    for directory in args.directories:
+        unmount(Path(directory), lazy=args.lazy)
+    return 0
