@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from casfs.syscalls import BackingId, close_backing, register_backing
 
-_IDLE = 4096
+_IDLE = 16_384
 """Ids kept though unused. Each pins an open file in the kernel, and the space of its blob."""
 
 
@@ -98,7 +98,7 @@ class BackingRegistry:
         """Close the id of a content, if nobody uses it: what it stands for has changed."""
         with self._lock:
             backing_id = self._ids.get(key)
-            if backing_id in self._idle:
+            if backing_id is not None and backing_id in self._idle:
                 del self._idle[backing_id]
                 self._close(backing_id)
 
@@ -116,4 +116,3 @@ class BackingRegistry:
         with self._lock:
             idle = len(self._idle)
             return {"open": len(self._backings) - idle, "idle": idle, "registered": self.registered}
-

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from casfs.errors import MountError, NotMounted
-from casfs.mountinfo import Mount, find_mount
+from casfs.mountinfo import Mount, find_mount, resolve_mountpoint
 
 log = logging.getLogger("casfs")
 
@@ -126,7 +126,7 @@ def _answer(line: bytes, operations: dict[str, Operation]) -> bytes:
 
 def call(mountpoint: Path, op: str, **arguments: Any) -> Any:
     """Ask the daemon behind a mount. Raises NotMounted, or MountError where nobody answers."""
-    mount = find_mount(os.path.realpath(mountpoint))
+    mount = find_mount(str(resolve_mountpoint(mountpoint)))
     if mount is None or not mount.is_casfs:
         raise NotMounted(f"there is no casfs mount at {mountpoint}")
     path = _socket_of(mount)

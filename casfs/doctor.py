@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from casfs.fusemount import DEVICE
+from casfs.fusemount import DEVICE, DEVICE_REMEDY, why_no_device
 from casfs.mountinfo import list_mounts, mount_above
 from casfs.probes import Probe, probe_mount, probe_passthrough, probe_pyfuse3
 from casfs.syscalls import has_admin_capability, open_cached
@@ -54,7 +54,9 @@ def examine(store_root: Path) -> list[Finding]:
             ]
     except OSError as error:
         findings.append(
-            Finding("probes", False, "a temporary file", f"can't make one: {error}", "free some space or fix its rights")
+            Finding(
+                "probes", False, "a temporary file", f"can't make one: {error}", "free some space or fix its rights"
+            )
         )
     findings.append(_choice(findings))
     return findings
@@ -78,12 +80,10 @@ def _existing(path: Path) -> Path:
 
 def _examine_device() -> Finding:
     how = f"open {DEVICE}"
+    if reason := why_no_device():
+        return Finding("fuse device", False, how, reason, DEVICE_REMEDY)
     try:
         os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        return Finding(
-            "fuse device", False, how, "there is none", "modprobe fuse, or give this container the device /dev/fuse"
-        )
     except OSError as error:
         return Finding("fuse device", False, how, error.strerror or str(error), f"chmod 666 {DEVICE} (as root)")
     return Finding("fuse device", True, how, "opened for reading and writing")
@@ -124,9 +124,7 @@ def _examine_reflink(directory: Path, file: Path) -> Finding:
     with open(file, "rb") as source, open(directory / "clone", "wb") as target:
         if try_clone(source.fileno(), target.fileno()):
             return Finding("reflink", True, how, "files enter the store and leave it without being copied")
-    return Finding(
-        "reflink", False, how, "this file system can't: files are copied", "put the store on btrfs or XFS"
-    )
+    return Finding("reflink", False, how, "this file system can't: files are copied", "put the store on btrfs or XFS")
 
 
 def _examine_cached_lookup(file: Path) -> Finding:

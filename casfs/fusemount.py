@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import socket
+import stat
 import subprocess
 from pathlib import Path
 
@@ -24,8 +25,21 @@ from casfs.syscalls import (
 )
 
 DEVICE = "/dev/fuse"
+DEVICE_REMEDY = f"load the fuse module (modprobe fuse), or give this container the device {DEVICE}"
+_DEVICE_NUMBER = os.makedev(10, 229)
 SOURCE = "casfs"
 """What `mount` and `df` show as the source."""
+
+
+def why_no_device() -> str | None:
+    """What is wrong with the FUSE device, or None. Whether this user may open it is another question."""
+    try:
+        status = os.stat(DEVICE)
+    except OSError:
+        return f"there is no {DEVICE}"
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != _DEVICE_NUMBER:
+        return f"{DEVICE} is not the FUSE device"
+    return None
 
 
 def attach(mountpoint: Path) -> int:
@@ -34,6 +48,8 @@ def attach(mountpoint: Path) -> int:
     Nothing answers until a session serves it. Raises MissingCapability where
     there is no FUSE device or no way for this user to mount, MountError.
     """
+    if reason := why_no_device():
+        raise MissingCapability(f"can't mount: {reason}; {DEVICE_REMEDY}")
     if has_admin_capability():
         return _attach_directly(mountpoint)
     return _attach_with_helper(mountpoint)
@@ -43,10 +59,7 @@ def _attach_directly(mountpoint: Path) -> int:
     try:
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise MissingCapability(
-            f"can't open {DEVICE}: {error.strerror}; load the fuse module (modprobe fuse), "
-            "or give this container the device"
-        ) from error
+        raise MissingCapability(f"can't open {DEVICE}: {error.strerror}; {DEVICE_REMEDY}") from error
     options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions,allow_other"
     try:
         mount(SOURCE, str(mountpoint), FUSE_TYPE, MS_RDONLY | MS_NOSUID | MS_NODEV, options)
@@ -67,6 +80,7 @@ def _attach_with_helper(mountpoint: Path) -> int:
     with ours, theirs:
         done = subprocess.run(
             [helper, "-o", f"ro,nosuid,nodev,default_permissions,fsname={SOURCE},subtype=casfs", "--", str(mountpoint)],
+            check=False,
             env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
@@ -105,7 +119,7 @@ def detach(mountpoint: Path, *, lazy: bool = False) -> None:
     if helper is None:
         raise MissingCapability("unmounting without root needs fusermount3: install the Debian package fuse3")
     command = [helper, "-u", *(["-z"] if lazy else []), "--", str(mountpoint)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         if "busy" in done.stderr.lower():
             raise Busy(_busy(mountpoint))

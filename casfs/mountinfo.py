@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 FUSE_TYPE = "fuse.casfs"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -54,6 +55,15 @@ def find_mount(path: str | bytes) -> Mount | None:
     """The topmost mount exactly at an absolute path, or None."""
     wanted = os.fsencode(path)
     return next((mount for mount in reversed(list_mounts()) if mount.path == wanted), None)
+
+
+def resolve_mountpoint(mountpoint: Path) -> Path:
+    """The absolute path without symbolic links, found without a stat on what may be a dead mount."""
+    parent = os.path.realpath(mountpoint.absolute().parent)
+    path = os.path.normpath(os.path.join(parent, mountpoint.name)) if mountpoint.name else parent
+    if find_mount(path) is None:
+        path = os.path.realpath(path)
+    return Path(path)
 
 
 def mount_above(path: bytes, mounts: list[Mount]) -> Mount:

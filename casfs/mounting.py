@@ -28,8 +28,9 @@ from casfs.contents import Contents, PlainGateway, ReadOnlyGateway
 from casfs.control import ControlServer
 from casfs.errors import BadMountPoint, CasfsError, MissingCapability, MountError
 from casfs.fusemount import attach, detach
-from casfs.mountinfo import find_mount
+from casfs.mountinfo import find_mount, resolve_mountpoint
 from casfs.session import Session
+from casfs.syscalls import has_admin_capability
 from casfs.tree import ProjectedTree
 from store import errors as store_errors
 from store.digest import Digest
@@ -67,15 +68,6 @@ class _Serving(Protocol):
     def statistics(self) -> dict[str, Any]: ...
 
 
-def resolve_mountpoint(mountpoint: Path) -> Path:
-    """The absolute path without symbolic links, found without a stat on what may be a dead mount."""
-    parent = os.path.realpath(mountpoint.absolute().parent)
-    path = os.path.normpath(os.path.join(parent, mountpoint.name)) if mountpoint.name else parent
-    if find_mount(path) is None:
-        path = os.path.realpath(path)
-    return Path(path)
-
-
 def check_mountpoint(mountpoint: Path) -> Path:
     """The resolved place for a new mount; what a dead daemon left mounted there is cleared away.
 
@@ -98,6 +90,8 @@ def check_mountpoint(mountpoint: Path) -> Path:
         raise BadMountPoint(f"{mountpoint} is not a directory") from None
     except OSError as error:
         raise BadMountPoint(f"can't look into {mountpoint}: {error.strerror}") from error
+    if not os.access(path, os.W_OK) and not has_admin_capability():
+        raise BadMountPoint(f"{mountpoint} can't be written by this user: without root, mount on a directory of yours")
     return path
 
 
@@ -142,20 +136,19 @@ def choose_engine(wanted: str, store_root: Path) -> tuple[str, str]:
         raise MissingCapability(f"there is no engine {wanted!r}: choose one of {', '.join(ENGINES)}")
     if wanted == "native":
         return wanted, "asked for"
-    if wanted in ("auto", "passthrough"):
+    reason = "asked for"
+    if wanted != "fuse":
         passthrough = probe_passthrough(Layout(store_root).marker)
         if passthrough.ok:
             return "passthrough", passthrough.detail
         if wanted == "passthrough":
             raise MissingCapability(f"engine passthrough: {passthrough.detail}; {passthrough.remedy}")
+        reason = f"passthrough can't be used: {passthrough.detail}"
     pyfuse3 = probe_pyfuse3()
-    if wanted == "fuse":
-        if pyfuse3.ok:
-            return wanted, "asked for"
-        raise MissingCapability(f"engine fuse: {pyfuse3.detail}; {pyfuse3.remedy}")
-    reason = f"passthrough can't be used: {passthrough.detail}"
     if pyfuse3.ok:
         return "fuse", reason
+    if wanted == "fuse":
+        raise MissingCapability(f"engine fuse: {pyfuse3.detail}; {pyfuse3.remedy}")
     return "native", f"{reason}; and {pyfuse3.detail}"
 
 
@@ -288,8 +281,12 @@ def _fork_daemon(serve: Callable[[Callable[[MountReport], None]], object]) -> Mo
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reading)
-        os._exit(_daemon(serve, writing))
+        try:
+            os.close(reading)
+            os._exit(_daemon(serve, writing))
+        finally:
+            # Not up the stack of what was forked: that is the caller's to unwind.
+            os._exit(1)
     os.close(writing)
     with open(reading, "rb") as pipe:
         text = pipe.read()

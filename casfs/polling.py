@@ -6,13 +6,18 @@ times faster; one that polls for nothing takes the core from its clients. So it
 polls only while that has been paying: `_gain` follows, over the last requests,
 how often the next one came within the window; where that is rare (a compiler
 that thinks between two opens), or where there is only one core, it sleeps.
+
+Sleeping is a blocking read and not poll(2) and then a read: one system call a
+request instead of three. So the descriptor changes between blocking (always,
+when `read` returns from a sleep) and non-blocking (as long as polling pays).
+
+For one thread. Others may write to the descriptor meanwhile.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import select
 import time
 
 WINDOW = 100e-6
@@ -24,7 +29,7 @@ _WORTH = 0.5
 
 
 class DeviceReader:
-    """Reads whole requests from a descriptor of /dev/fuse, which it makes non-blocking."""
+    """Reads whole requests from a descriptor of /dev/fuse."""
 
     def __init__(self, device: int, size: int, *, poll: bool = True, window: float = WINDOW) -> None:
         """`size` is the room for one request in bytes; without `poll` it always sleeps."""
@@ -32,60 +37,55 @@ class DeviceReader:
         self._size = size
         self._window = window if poll and len(os.sched_getaffinity(0)) > 1 else 0.0
         self._gain = 0.0
+        self._blocking = True
         self._polled = 0
         self._slept = 0
-        os.set_blocking(device, False)
-        self._ready = select.poll()
-        self._ready.register(device, select.POLLIN)
+        os.set_blocking(device, True)
 
     def read(self) -> bytes | None:
         """The next request, or None when the file system is unmounted (or the connection aborted)."""
-        try:
-            message = os.read(self._device, self._size)
-            # It was there already: no waiting, so nothing to learn about waiting.
-            return message
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if _is_end(error):
-                return None
-            if error.errno not in (errno.ENOENT, errno.EINTR):
-                raise
-        return self._wait()
+        while True:
+            try:
+                if not self._window:
+                    return os.read(self._device, self._size)
+                began = time.perf_counter()
+                message = self._poll(began) if self._gain > _WORTH else None
+                if message is None:
+                    message = self._sleep()
+                came_soon = time.perf_counter() - began < self._window
+                self._gain += (came_soon - self._gain) * _WEIGHT
+                return message
+            except OSError as error:
+                # ENODEV: unmounted. ECONNABORTED: aborted through fusectl, or a forced unmount.
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
+                    return None
+                # ENOENT: the request was interrupted before it could be read.
+                if error.errno != errno.ENOENT:
+                    raise
 
-    def _wait(self) -> bytes | None:
-        began = time.perf_counter()
-        polling = self._gain > _WORTH
-        deadline = began + self._window
+    def _poll(self, began: float) -> bytes | None:
+        """A request that comes within the window; None if none does."""
+        if self._blocking:
+            os.set_blocking(self._device, False)
+            self._blocking = False
         while True:
             try:
                 message = os.read(self._device, self._size)
             except BlockingIOError:
-                if polling and time.perf_counter() < deadline:
-                    continue
-                polling = False
-                self._ready.poll()
-                continue
-            except OSError as error:
-                if _is_end(error):
+                if time.perf_counter() - began >= self._window:
                     return None
-                if error.errno not in (errno.ENOENT, errno.EINTR):
-                    raise
-                continue
-            if polling:
-                self._polled += 1
             else:
-                self._slept += 1
-            if self._window:
-                came_soon = time.perf_counter() - began < self._window
-                self._gain += (came_soon - self._gain) * _WEIGHT
-            return message
+                self._polled += 1
+                return message
+
+    def _sleep(self) -> bytes:
+        if not self._blocking:
+            os.set_blocking(self._device, True)
+            self._blocking = True
+        message = os.read(self._device, self._size)
+        self._slept += 1
+        return message
 
     def statistics(self) -> dict[str, int]:
         """How many requests were met by polling, and how many after a sleep."""
         return {"polled": self._polled, "slept": self._slept}
-
-
-def _is_end(error: OSError) -> bool:
-    """ENODEV: unmounted. ECONNABORTED: aborted through fusectl, or a forced unmount."""
-    return error.errno in (errno.ENODEV, errno.ECONNABORTED)

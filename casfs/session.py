@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import stat
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -33,9 +35,9 @@ from casfs.backing import BackingRegistry
 from casfs.contents import explain
 from casfs.errors import BadRequest, CasfsError, MissingCapability, errno_of
 from casfs.polling import DeviceReader
-from casfs.syscalls import BackingId
-from casfs.tree import NoSuchNode, NotADirectory, Node, NodeId, Tree, content_key
-from casfs.wire import InitFlag, OpenFlag, Opcode, Request
+from casfs.syscalls import BackingId, read_cached
+from casfs.tree import Node, NodeId, NoSuchNode, NotADirectory, Tree, content_key
+from casfs.wire import InitFlag, Opcode, OpenFlag
 from store.entries import FileEntry, ReferenceEntry, SymlinkEntry
 from store.errors import StoreError
 
@@ -56,13 +58,17 @@ _WANTED = (
 _MAX_WRITE = 4096
 _MAX_PAGES = 256
 _BUFFER = 64 << 10
-"""The kernel wants room for a header and `_MAX_WRITE`, and fills the rest with forgets."""
+"""Bytes for one request: the kernel wants 8,192 for `_MAX_WRITE`, and uses the rest to send many forgets at once."""
 _POOL_THREADS = 8
+
+_PASSED_THROUGH = int(OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH)
+_KEPT = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
 
 _READ_HERE = 1 << 32
 """Set in the handle of a file this process reads; the rest is its descriptor. Without: a backing id."""
 
-Handler = Callable[[Request], bytes | None]
+Handler = Callable[[int, int, bytes], bytes | None]
+"""(unique, node id, body) → the reply, or None where there is none or it comes later."""
 
 
 class Opener(Protocol):
@@ -85,7 +91,9 @@ class Session:
         self._registry = BackingRegistry(device)
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "open")
         self._waiting: dict[int, Node] = {}
+        self._room = memoryview(bytearray(_MAX_PAGES * mmap.PAGESIZE))
         self._counts = [0] * wire.OPCODES
+        self._counting = threading.Lock()
         self._served_bytes = 0
         self._failed_opens = 0
         self._uid, self._gid = os.getuid(), os.getgid()
@@ -143,31 +151,26 @@ class Session:
 
     def run(self) -> None:
         """Serve until the file system is unmounted."""
-        read, handle = self._reader.read, self._handle
+        read, answer, send = self._reader.read, self._answer, self._send
         try:
             while (message := read()) is not None:
-                handle(message)
+                if (reply := answer(message)) is not None:
+                    send(reply)
         finally:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _handle(self, message: bytes) -> None:
+    def _answer(self, message: bytes) -> bytes | None:
+        """The reply to one request, or None where there is none or it comes later."""
         try:
-            request = wire.decode_request(message)
+            opcode, unique, node, _, body = wire.decode_request(message)
         except BadRequest:
             log.exception("dropped a request")
-            return
-        reply = self._answer(request)
-        if reply is not None:
-            self._send(reply)
-
-    def _answer(self, request: Request) -> bytes | None:
-        """The reply to one request, or None where there is none or it comes later."""
-        opcode = request.opcode
+            return None
         try:
             if opcode >= wire.OPCODES:
-                return wire.encode_error(request.unique, errno.ENOSYS)
+                return wire.encode_error(unique, errno.ENOSYS)
             self._counts[opcode] += 1
-            return self._handlers[opcode](request)
+            return self._handlers[opcode](unique, node, body)
         except NoSuchNode:
             number = errno.ESTALE
         except NotADirectory:
@@ -177,13 +180,16 @@ class Session:
             number = errno.EINVAL
         except Exception as error:
             # Whatever it was, the client that waits must get an answer.
-            log.exception("opcode %d on node %d", opcode, request.node)
+            log.exception("opcode %d on node %d", opcode, node)
             number = errno_of(error)
-        return None if opcode in wire.NO_REPLY else wire.encode_error(request.unique, number)
+        return None if opcode in wire.NO_REPLY else wire.encode_error(unique, number)
 
     def _send(self, reply: bytes) -> None:
+        self._send_parts((reply,))
+
+    def _send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
         try:
-            os.write(self._device, reply)
+            os.writev(self._device, parts)
         except OSError as error:
             # ENOENT: the request was interrupted; ENODEV: unmounted meanwhile. Nobody waits any more.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
@@ -229,56 +235,53 @@ class Session:
         handlers[Opcode.READDIR] = self._readdir
         handlers[Opcode.READDIRPLUS] = self._readdirplus
         handlers[Opcode.INTERRUPT] = self._interrupt
-        handlers[Opcode.DESTROY] = lambda request: wire.encode_reply(request.unique)
+        handlers[Opcode.DESTROY] = lambda unique, node, body: wire.encode_reply(unique)
         return handlers
 
     @staticmethod
     def _refuse(number: int) -> Handler:
-        return lambda request: wire.encode_error(request.unique, number)
+        return lambda unique, node, body: wire.encode_error(unique, number)
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, unique: int, node: int, body: bytes) -> None:
         """Node ids mean something without being remembered: there is nothing to forget."""
 
-    def _lookup(self, request: Request) -> bytes:
-        node = self._tree.lookup(NodeId(request.node), wire.decode_name(request.body))
-        if node is None:
-            return wire.encode_no_entry(request.unique)
-        return wire.encode_entry(
-            request.unique, node.id, node.mode, node.size, node.mtime_ns, node.nlink, self._uid, self._gid
-        )
+    def _lookup(self, unique: int, node: int, body: bytes) -> bytes:
+        found = self._tree.lookup(NodeId(node), wire.decode_name(body))
+        if found is None:
+            return wire.encode_no_entry(unique)
+        number, mode, size, mtime_ns, nlink, *_ = found
+        return wire.encode_entry(unique, number, mode, size, mtime_ns, nlink, self._uid, self._gid)
 
-    def _getattr(self, request: Request) -> bytes:
-        node = self._tree.get_node(NodeId(request.node))
-        return wire.encode_attr(
-            request.unique, node.id, node.mode, node.size, node.mtime_ns, node.nlink, self._uid, self._gid
-        )
+    def _getattr(self, unique: int, node: int, body: bytes) -> bytes:
+        number, mode, size, mtime_ns, nlink, *_ = self._tree.get_node(NodeId(node))
+        return wire.encode_attr(unique, number, mode, size, mtime_ns, nlink, self._uid, self._gid)
 
-    def _readlink(self, request: Request) -> bytes:
-        entry = self._tree.get_node(NodeId(request.node)).entry
+    def _readlink(self, unique: int, node: int, body: bytes) -> bytes:
+        entry = self._tree.get_node(NodeId(node)).entry
         if not isinstance(entry, SymlinkEntry):
-            return wire.encode_error(request.unique, errno.EINVAL)
-        return wire.encode_reply(request.unique, entry.target)
+            return wire.encode_error(unique, errno.EINVAL)
+        return wire.encode_reply(unique, entry.target)
 
-    def _statfs(self, request: Request) -> bytes:
-        return wire.encode_statfs(request.unique, *self._tree.totals())
+    def _statfs(self, unique: int, node: int, body: bytes) -> bytes:
+        return wire.encode_statfs(unique, *self._tree.totals())
 
-    def _open(self, request: Request) -> bytes | None:
-        if wire.decode_open(request.body) & (os.O_ACCMODE | os.O_TRUNC):
+    def _open(self, unique: int, node: int, body: bytes) -> bytes | None:
+        if wire.decode_open(body) & (os.O_ACCMODE | os.O_TRUNC):
             # Before anything else: a blob that was passed through could be written by its opener.
-            return wire.encode_error(request.unique, errno.EROFS)
-        node = self._tree.get_node(NodeId(request.node))
-        entry = node.entry
+            return wire.encode_error(unique, errno.EROFS)
+        found = self._tree.get_node(NodeId(node))
+        entry = found.entry
         if not isinstance(entry, FileEntry | ReferenceEntry):
-            return wire.encode_error(request.unique, errno.EISDIR)
+            return wire.encode_error(unique, errno.EISDIR)
         if self._passthrough and isinstance(entry, FileEntry):
             backing_id = self._registry.find(entry.digest.key)
             if backing_id is not None:
-                return _passed_through(request.unique, backing_id)
+                return _passed_through(unique, backing_id)
         descriptor = self._contents.open_now(entry)
         if descriptor is not None:
-            return self._opened(request.unique, entry, descriptor)
-        self._waiting[request.unique] = node
-        self._pool.submit(self._open_slowly, request.unique, node, entry)
+            return self._opened(unique, entry, descriptor)
+        self._waiting[unique] = found
+        self._pool.submit(self._open_slowly, unique, found, entry)
         return None
 
     def _opened(self, unique: int, entry: FileEntry | ReferenceEntry, descriptor: int) -> bytes:
@@ -292,14 +295,15 @@ class Session:
             if backing_id is not None:
                 os.close(descriptor)
                 return _passed_through(unique, backing_id)
-        return wire.encode_open(unique, _READ_HERE | descriptor, OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
+        return wire.encode_open(unique, _READ_HERE | descriptor, _KEPT)
 
     def _open_slowly(self, unique: int, node: Node, entry: FileEntry | ReferenceEntry) -> None:
         """In the pool: open what may take a while, and answer."""
         try:
             reply = self._opened(unique, entry, self._contents.open(entry))
         except Exception as error:
-            self._failed_opens += 1
+            with self._counting:
+                self._failed_opens += 1
             line = explain(error, self._tree.path_of(node.id))
             log.error("%s", line, exc_info=None if isinstance(error, OSError | StoreError) else error)
             reply = wire.encode_error(unique, errno_of(error))
@@ -314,15 +318,15 @@ class Session:
         if handle is not None:
             self._close_handle(handle)
 
-    def _interrupt(self, request: Request) -> None:
+    def _interrupt(self, unique: int, node: int, body: bytes) -> None:
         """Whoever waits for a slow open shall not wait on. Other requests are answered at once anyway."""
-        target = wire.decode_interrupt(request.body)
+        target = wire.decode_interrupt(body)
         if self._waiting.pop(target, None) is not None:
             self._send(wire.encode_error(target, errno.EINTR))
 
-    def _release(self, request: Request) -> bytes:
-        self._close_handle(wire.decode_release(request.body))
-        return wire.encode_reply(request.unique)
+    def _release(self, unique: int, node: int, body: bytes) -> bytes:
+        self._close_handle(wire.decode_release(body))
+        return wire.encode_reply(unique)
 
     def _close_handle(self, handle: int) -> None:
         if handle & _READ_HERE:
@@ -330,42 +334,55 @@ class Session:
         else:
             self._registry.release(BackingId(handle))
 
-    def _read(self, request: Request) -> bytes:
-        handle, offset, size = wire.decode_read(request.body)
+    def _read(self, unique: int, node: int, body: bytes) -> bytes | None:
+        handle, offset, size = wire.decode_read(body)
         if not handle & _READ_HERE:
-            return wire.encode_error(request.unique, errno.EBADF)
-        data = os.pread(handle & ~_READ_HERE, size, offset)
-        self._served_bytes += len(data)
-        return wire.encode_reply(request.unique, data)
+            return wire.encode_error(unique, errno.EBADF)
+        descriptor = handle & ~_READ_HERE
+        length = read_cached(descriptor, self._room[:size], offset)
+        if length is None:
+            self._pool.submit(self._read_slowly, unique, descriptor, offset, size)
+        else:
+            self._send_data(unique, self._room[:length])
+        return None
 
-    def _readdir(self, request: Request) -> bytes:
-        return self._list(request, lambda page, cookie, name, node: page.add_name(node.id, cookie, node.mode >> 12, name))
+    def _read_slowly(self, unique: int, descriptor: int, offset: int, size: int) -> None:
+        """In the pool: read what isn't in the page cache, and answer. The kernel keeps the file open meanwhile."""
+        try:
+            self._send_data(unique, os.pread(descriptor, size, offset))
+        except OSError as error:
+            log.error("a read of %d bytes at %d failed: %s", size, offset, error)
+            self._send(wire.encode_error(unique, errno_of(error)))
 
-    def _readdirplus(self, request: Request) -> bytes:
-        uid, gid = self._uid, self._gid
-        return self._list(
-            request,
-            lambda page, cookie, name, node: page.add_entry(
-                cookie, name, node.id, node.mode, node.size, node.mtime_ns, node.nlink, uid, gid
-            ),
-        )
+    def _send_data(self, unique: int, data: bytes | memoryview) -> None:
+        with self._counting:
+            self._served_bytes += len(data)
+        self._send_parts((wire.encode_header(unique, len(data)), data))
 
-    def _list(self, request: Request, add: Callable[[wire.DirectoryPage, int, bytes, Node], bool]) -> bytes:
-        """One page of a directory. Cookies: 1 and 2 stand after ``.`` and ``..``, the tree's come after those."""
-        node_id = NodeId(request.node)
-        _, cookie, size = wire.decode_read(request.body)
+    def _readdir(self, unique: int, node: int, body: bytes) -> bytes:
+        _, cookie, size = wire.decode_read(body)
         page = wire.DirectoryPage(size)
-        plus = request.opcode == Opcode.READDIRPLUS
-        add_dot = page.add_bare if plus else page.add_name
-        file_type = stat.S_IFDIR >> 12
-        if cookie < 1 and not add_dot(node_id, 1, file_type, b"."):
-            return page.encode(request.unique)
-        if cookie < 2 and not add_dot(self._tree.parent_of(node_id), 2, file_type, b".."):
-            return page.encode(request.unique)
-        for after, name, node in self._tree.list_directory(node_id, max(cookie - 2, 0)):
-            if not add(page, after + 2, name, node):
-                break
-        return page.encode(request.unique)
+        if self._add_dots(NodeId(node), cookie, page.add_name):
+            for after, name, found in self._tree.list_directory(NodeId(node), max(cookie - 2, 0)):
+                if not page.add_name(found.id, after + 2, found.mode, name):
+                    break
+        return page.encode(unique)
+
+    def _readdirplus(self, unique: int, node: int, body: bytes) -> bytes:
+        _, cookie, size = wire.decode_read(body)
+        page = wire.DirectoryPage(size)
+        uid, gid, add = self._uid, self._gid, page.add_entry
+        if self._add_dots(NodeId(node), cookie, page.add_bare):
+            for after, name, found in self._tree.list_directory(NodeId(node), max(cookie - 2, 0)):
+                if not add(after + 2, name, *found[:5], uid, gid):
+                    break
+        return page.encode(unique)
+
+    def _add_dots(self, node_id: NodeId, cookie: int, add: Callable[[int, int, int, bytes], bool]) -> bool:
+        """Cookies: 1 and 2 stand after ``.`` and ``..``, those of the tree come after them. False: no room for more."""
+        if cookie < 1 and not add(node_id, 1, stat.S_IFDIR, b"."):
+            return False
+        return cookie >= 2 or add(self._tree.parent_of(node_id), 2, stat.S_IFDIR, b"..")
 
 
 _MODIFYING = (
@@ -389,4 +406,4 @@ _MODIFYING = (
 
 
 def _passed_through(unique: int, backing_id: BackingId) -> bytes:
-    return wire.encode_open(unique, backing_id, OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH, backing_id)
+    return wire.encode_open(unique, backing_id, _PASSED_THROUGH, backing_id)

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import trio
 from casfs.contents import Contents, explain
 from casfs.errors import MountError, errno_of
 from casfs.fusemount import SOURCE
-from casfs.tree import NoSuchNode, NotADirectory, Node, NodeId, Tree
+from casfs.syscalls import read_cached
+from casfs.tree import Node, NodeId, NoSuchNode, NotADirectory, Tree
 from casfs.wire import FOREVER
 from store.entries import FileEntry, ReferenceEntry, SymlinkEntry
 from store.errors import StoreError
@@ -145,9 +147,7 @@ class _Operations(pyfuse3.Operations):
         except NotADirectory:
             raise pyfuse3.FUSEError(errno.ENOTDIR) from None
 
-    async def open(
-        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         self.counts["OPEN"] += 1
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             raise pyfuse3.FUSEError(errno.EROFS)
@@ -167,7 +167,12 @@ class _Operations(pyfuse3.Operations):
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         self.counts["READ"] += 1
-        data = os.pread(fh, size, off)
+        room = memoryview(bytearray(size))
+        length = read_cached(fh, room, off)
+        if length is None:
+            data = await trio.to_thread.run_sync(os.pread, fh, size, off)
+        else:
+            data = bytes(room[:length])
         self.served_bytes += len(data)
         return data
 
@@ -185,5 +190,5 @@ class _Operations(pyfuse3.Operations):
         data.f_namemax = 255
         return data
 
-    async def forget(self, inode_list: list[tuple[pyfuse3.InodeT, int]]) -> None:
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         self.counts["FORGET"] += 1

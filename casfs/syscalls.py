@@ -7,6 +7,7 @@ calls made since Linux 5.1; structures are those of ``linux/mount.h``.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -102,3 +103,19 @@ def register_backing(device: int, descriptor: int) -> BackingId:
 def close_backing(device: int, backing_id: BackingId) -> None:
     """Take a backing id back; it must not be in use by an open file."""
     fcntl.ioctl(device, _IOC_BACKING_CLOSE, bytearray(struct.pack("<I", backing_id)))
+
+
+def read_cached(descriptor: int, room: memoryview, offset: int) -> int | None:
+    """Fill `room` from the page cache; how many bytes came, or None where that would wait for a disk.
+
+    Fewer than there is room for means the end of the file, as in an answer to READ.
+    """
+    try:
+        length = os.preadv(descriptor, (room,), offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        length = 0
+    if length < len(room) and offset + length < os.fstat(descriptor).st_size:
+        return None
+    return length

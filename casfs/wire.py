@@ -127,7 +127,7 @@ class Notify(IntEnum):
     PRUNE = 9
 
 
-_IN_HEADER = struct.Struct("<IIQQIIIHH")
+_IN_HEADER = struct.Struct("<IIQQ8xIH2x")  # without uid and gid: the kernel checks permissions itself
 _OUT_HEADER = struct.Struct("<IiQ")
 _INIT_IN = struct.Struct("<IIII")
 _INIT_IN_EXT = struct.Struct("<IIIII")
@@ -138,6 +138,7 @@ _ATTR_OUT = struct.Struct("<QII" + _ATTR)
 _OPEN_OUT = struct.Struct("<QIi")
 _STATFS_OUT = struct.Struct("<QQQQQIIII24x")
 _DIRENT = struct.Struct("<QQII")
+_DIRENT_PLUS = struct.Struct("<QQQQII" + _ATTR + "QQII")
 _READ_IN = struct.Struct("<QQIIQII")
 _OPEN_IN = struct.Struct("<II")
 _RELEASE_IN = struct.Struct("<QIIQ")
@@ -148,6 +149,8 @@ _NOTIFY_DELETE = struct.Struct("<QQII")
 _NOTIFY_PRUNE = struct.Struct("<II8x")
 
 IN_HEADER_BYTES = _IN_HEADER.size
+_new_tuple = tuple.__new__
+"""Makes a named tuple without the call of its own constructor in between: half the time, once an upcall."""
 RESENT = 1 << 63
 """In `unique`: the request was read before, by a daemon that is gone."""
 
@@ -159,18 +162,18 @@ class Request(NamedTuple):
     unique: int
     node: int
     pid: int
-    body: memoryview
+    body: bytes
 
 
-def decode_request(message: bytes | memoryview) -> Request:
+def decode_request(message: bytes) -> Request:
     """Split a message into its header's fields and its body. Raises BadRequest."""
     if len(message) < IN_HEADER_BYTES:
         raise BadRequest(f"a request of {len(message)} bytes: the header alone has {IN_HEADER_BYTES}")
-    length, opcode, unique, node, _, _, pid, extension, _ = _IN_HEADER.unpack_from(message)
+    length, opcode, unique, node, pid, extension = _IN_HEADER.unpack_from(message)
     end = length - 8 * extension
     if length != len(message) or end < IN_HEADER_BYTES:
         raise BadRequest(f"a request of {len(message)} bytes says it has {length}")
-    return Request(opcode, unique, node, pid, memoryview(message)[IN_HEADER_BYTES:end])
+    return _new_tuple(Request, (opcode, unique, node, pid, message[IN_HEADER_BYTES:end]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,7 @@ class InitRequest:
     flags: InitFlag
 
 
-def decode_init(body: memoryview) -> InitRequest:
+def decode_init(body: bytes) -> InitRequest:
     """Raises BadRequest."""
     _need(body, _INIT_IN, "INIT")
     major, minor, max_readahead, flags = _INIT_IN.unpack_from(body)
@@ -233,14 +236,17 @@ def encode_reply(unique: int, body: bytes = b"") -> bytes:
     return _OUT_HEADER.pack(16 + len(body), 0, unique) + body
 
 
+def encode_header(unique: int, size: int) -> bytes:
+    """What stands before the `size` bytes of a successful answer's body."""
+    return _OUT_HEADER.pack(16 + size, 0, unique)
+
+
 def encode_error(unique: int, number: int) -> bytes:
     """A failed answer; `number` is a positive errno."""
     return _OUT_HEADER.pack(16, -number, unique)
 
 
-def encode_entry(
-    unique: int, node: int, mode: int, size: int, mtime_ns: int, nlink: int, uid: int, gid: int
-) -> bytes:
+def encode_entry(unique: int, node: int, mode: int, size: int, mtime_ns: int, nlink: int, uid: int, gid: int) -> bytes:
     """The answer to LOOKUP, valid forever; `node` is the inode number too."""
     seconds, nanos = divmod(mtime_ns, 1_000_000_000)
     return _OUT_HEADER.pack(144, 0, unique) + _ENTRY_OUT.pack(
@@ -259,9 +265,7 @@ _NO_ENTRY = _ENTRY_OUT.pack(0, 0, FOREVER, 0, *([0] * 18))
 _U64 = (1 << 64) - 1
 
 
-def encode_attr(
-    unique: int, node: int, mode: int, size: int, mtime_ns: int, nlink: int, uid: int, gid: int
-) -> bytes:
+def encode_attr(unique: int, node: int, mode: int, size: int, mtime_ns: int, nlink: int, uid: int, gid: int) -> bytes:
     """The answer to GETATTR, valid forever."""
     seconds, nanos = divmod(mtime_ns, 1_000_000_000)
     return _OUT_HEADER.pack(120, 0, unique) + _ATTR_OUT.pack(
@@ -290,58 +294,60 @@ def encode_statfs(unique: int, nodes: int, content: int) -> bytes:
     return encode_reply(unique, _STATFS_OUT.pack(blocks, 0, 0, nodes, 0, 4096, 255, 4096, 0))
 
 
-def decode_open(body: memoryview) -> int:
+def decode_open(body: bytes) -> int:
     """The open(2) flags of an OPEN. Raises BadRequest."""
     _need(body, _OPEN_IN, "OPEN")
     flags: int = _OPEN_IN.unpack_from(body)[0]
     return flags
 
 
-def decode_read(body: memoryview) -> tuple[int, int, int]:
+def decode_read(body: bytes) -> tuple[int, int, int]:
     """Handle, offset and size of a READ, READDIR or READDIRPLUS. Raises BadRequest."""
     _need(body, _READ_IN, "READ")
     handle, offset, size, *_ = _READ_IN.unpack_from(body)
     return handle, offset, size
 
 
-def decode_release(body: memoryview) -> int:
+def decode_release(body: bytes) -> int:
     """The handle of a RELEASE. Raises BadRequest."""
     _need(body, _RELEASE_IN, "RELEASE")
     handle: int = _RELEASE_IN.unpack_from(body)[0]
     return handle
 
 
-def decode_interrupt(body: memoryview) -> int:
+def decode_interrupt(body: bytes) -> int:
     """The `unique` of the request that nobody waits for any more. Raises BadRequest."""
     _need(body, _INTERRUPT_IN, "INTERRUPT")
     unique: int = _INTERRUPT_IN.unpack_from(body)[0]
     return unique
 
 
-def decode_name(body: memoryview) -> bytes:
+def decode_name(body: bytes) -> bytes:
     """The name of a LOOKUP: what stands before the terminating NUL. Raises BadRequest."""
-    name = bytes(body)
-    if not name.endswith(b"\0") or len(name) < 2 or b"\0" in name[:-1]:
+    if body.find(0) != len(body) - 1 or len(body) < 2:
         raise BadRequest("a name that doesn't end in its only NUL")
-    return name[:-1]
+    return body[:-1]
 
 
 class DirectoryPage:
-    """The answer to one READDIR or READDIRPLUS as it fills up, at most `size` bytes."""
+    """The answer to one READDIR or READDIRPLUS as it fills up, at most `size` bytes.
 
-    __slots__ = ("_out", "_size")
+    A cookie is where the kernel goes on after an entry; of `mode`, a listing without attributes shows the type.
+    """
+
+    __slots__ = ("_parts", "_room")
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._out = bytearray()
+        self._room = size
+        self._parts: list[bytes] = []
 
-    def add_name(self, node: int, cookie: int, file_type: int, name: bytes) -> bool:
+    def add_name(self, node: int, cookie: int, mode: int, name: bytes) -> bool:
         """Add an entry without attributes; False, and nothing added, when it doesn't fit."""
-        return self._add(b"", node, cookie, file_type, name)
+        return self._add(_DIRENT.pack(node, cookie, len(name), mode >> 12), name)
 
-    def add_bare(self, node: int, cookie: int, file_type: int, name: bytes) -> bool:
+    def add_bare(self, node: int, cookie: int, mode: int, name: bytes) -> bool:
         """Add an entry to a READDIRPLUS that the kernel shall not enter in its cache (``.`` and ``..``)."""
-        return self._add(_BARE, node, cookie, file_type, name)
+        return self._add(_BARE + _DIRENT.pack(node, cookie, len(name), mode >> 12), name)
 
     def add_entry(
         self,
@@ -358,26 +364,26 @@ class DirectoryPage:
         """Add an entry with its attributes; False, and nothing added, when it doesn't fit."""
         seconds, nanos = divmod(mtime_ns, 1_000_000_000)
         seconds &= _U64
-        entry = _ENTRY_OUT.pack(
+        entry = _DIRENT_PLUS.pack(
             node, 0, FOREVER, FOREVER, 0, 0,
             node, size, (size + 511) >> 9, seconds, seconds, seconds,
             nanos, nanos, nanos, mode, nlink, uid, gid, 0, 4096, 0,
+            node, cookie, len(name), mode >> 12,
         )  # fmt: skip
-        return self._add(entry, node, cookie, mode >> 12, name)
+        return self._add(entry, name)
 
-    def _add(self, entry: bytes, node: int, cookie: int, file_type: int, name: bytes) -> bool:
-        length = len(name)
-        if len(self._out) + len(entry) + _DIRENT.size + (length + 7 & ~7) > self._size:
+    def _add(self, entry: bytes, name: bytes) -> bool:
+        room = self._room - len(entry) - (len(name) + 7 & ~7)
+        if room < 0:
             return False
-        self._out += entry
-        self._out += _DIRENT.pack(node, cookie, length, file_type)
-        self._out += name
-        self._out += _PADDING[length & 7]
+        self._room = room
+        self._parts += (entry, name, _PADDING[len(name) & 7])
         return True
 
     def encode(self, unique: int) -> bytes:
         """The whole reply."""
-        return _OUT_HEADER.pack(16 + len(self._out), 0, unique) + self._out
+        body = b"".join(self._parts)
+        return _OUT_HEADER.pack(16 + len(body), 0, unique) + body
 
 
 _BARE = bytes(_ENTRY_OUT.size)
@@ -418,6 +424,6 @@ def _notify(code: Notify, body: bytes) -> bytes:
     return _OUT_HEADER.pack(16 + len(body), code, 0) + body
 
 
-def _need(body: memoryview, layout: struct.Struct, name: str) -> None:
+def _need(body: bytes, layout: struct.Struct, name: str) -> None:
     if len(body) < layout.size:
         raise BadRequest(f"a {name} with a body of {len(body)} bytes: {layout.size} are needed")

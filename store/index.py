@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -34,6 +35,8 @@ FORMAT = 1
 
 _FIRST_MAP = 1 << 30
 _MAX_READERS = 1024
+_GATE_SECONDS = 0.0005
+"""Between two looks whether all views have ended: the map grows about once in the life of a store."""
 
 
 class Table(Enum):
@@ -50,39 +53,40 @@ class Table(Enum):
 
 
 class _Gate:
-    """Views pass together; a growth waits until they have left and holds new ones back."""
+    """Views pass together; a growth waits until they have left and holds new ones back.
+
+    Passing takes no lock, as every lookup does it: a list's append and pop are
+    atomic. Who enters is seen by `alone` or sees that it is closed, as each
+    writes before it reads.
+    """
+
+    __slots__ = ("_closed", "_growing", "_inside")
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._inside = 0
+        self._inside: list[None] = []
         self._closed = False
+        self._growing = threading.Lock()
 
     def enter(self) -> None:
-        with self._changed:
-            while self._closed:
-                self._changed.wait()
-            self._inside += 1
+        self._inside.append(None)
+        while self._closed:
+            self._inside.pop()
+            with self._growing:
+                self._inside.append(None)
 
     def leave(self) -> None:
-        with self._changed:
-            self._inside -= 1
-            if self._closed and not self._inside:
-                self._changed.notify_all()
+        self._inside.pop()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        with self._changed:
-            while self._closed:
-                self._changed.wait()
+        with self._growing:
             self._closed = True
-            while self._inside:
-                self._changed.wait()
-        try:
-            yield
-        finally:
-            with self._changed:
+            try:
+                while self._inside:
+                    time.sleep(_GATE_SECONDS)
+                yield
+            finally:
                 self._closed = False
-                self._changed.notify_all()
 
 
 class View:
