@@ -9,6 +9,7 @@ when it is unmounted. SIGTERM and SIGINT make it unmount.
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import logging.handlers
@@ -317,6 +318,8 @@ def _daemon(serve: Callable[[Callable[[MountReport], None]], object], writing: i
             os.close(writing)
             writing = -1
 
+    # What came through the fork stays as it is: a collection that looked at it would copy all its pages.
+    gc.freeze()
     try:
         serve(lambda report: tell({"report": asdict(report)}))
     except (CasfsError, StoreError) as error:

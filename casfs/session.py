@@ -26,7 +26,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -112,7 +112,7 @@ class Session:
         """
         while True:
             message = self._reader.read()
-            if message is None:
+            if not message:
                 raise CasfsError("the mount went away before it began")
             request = wire.decode_request(message)
             if request.opcode != Opcode.INIT:
@@ -153,7 +153,7 @@ class Session:
         """Serve until the file system is unmounted."""
         read, answer, send = self._reader.read, self._answer, self._send
         try:
-            while (message := read()) is not None:
+            while message := read():
                 if (reply := answer(message)) is not None:
                     send(reply)
         finally:
@@ -184,12 +184,12 @@ class Session:
             number = errno_of(error)
         return None if opcode in wire.NO_REPLY else wire.encode_error(unique, number)
 
-    def _send(self, reply: bytes) -> None:
-        self._send_parts((reply,))
-
-    def _send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+    def _send(self, *parts: bytes | memoryview) -> None:
         try:
-            os.writev(self._device, parts)
+            if len(parts) == 1:
+                os.write(self._device, parts[0])
+            else:
+                os.writev(self._device, parts)
         except OSError as error:
             # ENOENT: the request was interrupted; ENODEV: unmounted meanwhile. Nobody waits any more.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
@@ -357,7 +357,7 @@ class Session:
     def _send_data(self, unique: int, data: bytes | memoryview) -> None:
         with self._counting:
             self._served_bytes += len(data)
-        self._send_parts((wire.encode_header(unique, len(data)), data))
+        self._send(wire.encode_header(unique, len(data)), data)
 
     def _readdir(self, unique: int, node: int, body: bytes) -> bytes:
         _, cookie, size = wire.decode_read(body)

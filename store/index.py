@@ -8,11 +8,14 @@ reader never waits for a writer. Writers take turns: threads by `_writing`,
 processes by an flock on `write.lock` (LMDB's own mutex would be waited for
 while holding the interpreter lock). The map grows when a write finds it full:
 LMDB allows that only while this process has no transaction open, so `_Gate`
-lets views in together and a growth alone.
+lets views in together and a growth alone. A thread has one view or one update
+at a time: a second one inside the first would wait for a growth that waits for
+the first, so it is refused at once, whether anything grows or not.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -22,7 +25,7 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import lmdb
 
@@ -35,6 +38,8 @@ FORMAT = 1
 
 _FIRST_MAP = 1 << 30
 _MAX_READERS = 1024
+_GATE_SECONDS = 0.0005
+"""Between two looks whether all views have ended: the map grows about once in the life of a store."""
 _GATE_SECONDS = 0.0005
 """Between two looks whether all views have ended: the map grows about once in the life of a store."""
 
@@ -51,11 +56,14 @@ class Table(Enum):
     MANIFESTS = b"manifests"
     LEASES = b"leases"
 
+    # That of Enum is a call into Python, for each probe.
+    __hash__ = object.__hash__
+
 
 class _Gate:
-    """Views pass together; a growth waits until they have left and holds new ones back.
+    """Views and updates pass together; a growth waits until they have left and holds new ones back.
 
-    Passing takes no lock, as every lookup does it: a list's append and pop are
+    Passing takes no lock, as every lookup does it: a set's add and discard are
     atomic. Who enters is seen by `alone` or sees that it is closed, as each
     writes before it reads.
     """
@@ -63,22 +71,29 @@ class _Gate:
     __slots__ = ("_closed", "_growing", "_inside")
 
     def __init__(self) -> None:
-        self._inside: list[None] = []
+        self._inside: set[int] = set()
         self._closed = False
         self._growing = threading.Lock()
 
-    def enter(self) -> None:
-        self._inside.append(None)
+    def enter(self) -> int:
+        """Be counted, when no growth is on; returns what `leave` wants. RuntimeError if this thread is inside."""
+        thread = threading.get_ident()
+        if thread in self._inside:
+            raise RuntimeError("this thread has the index open already: end that view or update first")
+        self._inside.add(thread)
         while self._closed:
-            self._inside.pop()
+            self._inside.discard(thread)
             with self._growing:
-                self._inside.append(None)
+                self._inside.add(thread)
+        return thread
 
-    def leave(self) -> None:
-        self._inside.pop()
+    def leave(self, thread: int) -> None:
+        """What `thread` began has ended; another thread may say so."""
+        self._inside.discard(thread)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
+        """Nobody is inside, and nobody enters."""
         with self._growing:
             self._closed = True
             try:
@@ -92,23 +107,25 @@ class _Gate:
 class View:
     """A consistent read of the index. Use it in one thread, and briefly: it pins old pages."""
 
-    __slots__ = ("_dbs", "_txn")
+    # The casts below: transactions are opened without `buffers`, so LMDB hands out bytes.
 
-    def __init__(self, txn: lmdb.Transaction, dbs: dict[Table, lmdb._Database]) -> None:
+    __slots__ = ("_dbs", "_thread", "_txn")
+
+    def __init__(self, txn: lmdb.Transaction, dbs: dict[Table, lmdb._Database], thread: int) -> None:
         self._txn = txn
         self._dbs = dbs
+        self._thread = thread
 
     def get(self, table: Table, key: bytes) -> bytes | None:
         """The value under `key`, or None."""
-        value = self._txn.get(key, db=self._dbs[table])
-        return None if value is None else bytes(value)
+        return cast("bytes | None", self._txn.get(key, db=self._dbs[table]))
 
     def scan(self, table: Table, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """The rows from `start` (or `prefix`) on in key order, as long as their keys begin with `prefix`."""
         with self._txn.cursor(db=self._dbs[table]) as cursor:
             if not cursor.set_range(start or prefix):
                 return
-            for key, value in cursor.iternext():
+            for key, value in cast(Iterator[tuple[bytes, bytes]], cursor.iternext()):
                 if not key.startswith(prefix):
                     return
                 yield key, value
@@ -118,12 +135,12 @@ class View:
         with self._txn.cursor(db=self._dbs[table]) as cursor:
             if cursor.set_range(key):
                 if cursor.key() == key:
-                    return cursor.item()
+                    return cast(tuple[bytes, bytes], cursor.item())
                 if not cursor.prev():
                     return None
             elif not cursor.last():
                 return None
-            return cursor.item()
+            return cast(tuple[bytes, bytes], cursor.item())
 
     def count(self, table: Table) -> int:
         """How many rows a table has."""
@@ -160,35 +177,67 @@ class Index:
     def __init__(self, directory: Path) -> None:
         """Open or create the index in `directory`, which exists.
 
-        Raises NewerFormat, or StoreUnusable where the directory can't be written.
+        Raises NewerFormat, or StoreUnusable where the directory can't be
+        written, NoSpace where its disk is full.
         """
         self._directory = directory
         self._gate = _Gate()
         self._writing = threading.Lock()
         try:
             self._write_lock = os.open(directory / "write.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            self._raise_unusable(error)
+        try:
+            _reserve_reader_table(directory / "lock.mdb")
             size = max(_FIRST_MAP, 2 * _size_of(directory / "data.mdb"))
             self._env = lmdb.open(
                 str(directory), map_size=size, max_dbs=len(Table), max_readers=_MAX_READERS, readahead=False
             )
         except (OSError, lmdb.Error) as error:
-            raise StoreUnusable(f"can't open the index in {directory}: {error}") from error
-        # Slots of readers that were killed would keep old pages alive for ever.
-        self._env.reader_check()
+            os.close(self._write_lock)
+            self._raise_unusable(error)
         try:
-            self._dbs = {table: self._env.open_db(table.value, create=False) for table in Table}
-        except lmdb.NotFoundError:
-            with self._exclusive():
-                self._dbs = {table: self._env.open_db(table.value) for table in Table}
-                with self._env.begin(write=True, db=self._dbs[Table.META]) as txn:
-                    txn.put(b"format", str(FORMAT).encode(), overwrite=False)
-        with self.view() as view:
-            found = int(view.get(Table.META, b"format") or FORMAT)
-        if found > FORMAT:
+            # Slots of readers that were killed would keep old pages alive for ever.
+            self._env.reader_check()
+            self._open_tables()
+        except lmdb.Error as error:
             self.close()
-            raise NewerFormat(
-                f"the index in {directory} has format {found}, this casfs knows {FORMAT}: use the newer casfs"
-            )
+            self._raise_unusable(error)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_tables(self) -> None:
+        with self._exclusive():
+            try:
+                meta = self._env.open_db(Table.META.value, create=False)
+            except lmdb.NotFoundError:
+                meta = self._env.open_db(Table.META.value)
+            with self._env.begin(db=meta) as txn:
+                found = int(txn.get(b"format") or 0)
+            # Before anything is changed: a newer format may have other tables.
+            if found > FORMAT:
+                raise NewerFormat(
+                    f"the index in {self._directory} has format {found}, this casfs knows {FORMAT}: use the newer casfs"
+                )
+            self._dbs = {table: self._env.open_db(table.value) for table in Table}
+            if not found:
+                with self._env.begin(write=True, db=meta) as txn:
+                    txn.put(b"format", str(FORMAT).encode())
+
+    def _raise_unusable(self, error: OSError | lmdb.Error) -> NoReturn:
+        """Map what the disk or LMDB says to the store's own errors."""
+        if _is_full(error):
+            raise NoSpace(f"can't write the index in {self._directory}: the disk is full") from error
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, _DAMAGES):
+            raise StoreUnusable(
+                f"the index in {self._directory} is damaged ({what}): move that directory's files away "
+                "and run 'casfs verify', which makes a new one from the blobs and manifests"
+            ) from error
+        if isinstance(error, lmdb.ReadersFullError):
+            raise StoreUnusable(f"over {_MAX_READERS} readers use the index in {self._directory} at once") from error
+        raise StoreUnusable(f"can't use the index in {self._directory}: {what}") from error
 
     def view(self) -> _Viewing:
         """``with index.view() as view:`` — a consistent read."""
@@ -202,32 +251,34 @@ class Index:
         """
         with self._exclusive():
             while True:
-                self._gate.enter()
+                thread = self._gate.enter()
                 try:
                     with self._env.begin(write=True) as txn:
-                        return work(Change(txn, self._dbs))
-                except (lmdb.MapFullError, lmdb.MapResizedError) as error:
-                    grown = 2 * self._env.info()["map_size"] if isinstance(error, lmdb.MapFullError) else 0
-                except lmdb.DiskError as error:
-                    raise NoSpace(f"can't write the index in {self._directory}: {error}") from error
+                        return work(Change(txn, self._dbs, thread))
+                except lmdb.MapFullError:
+                    grown = 2 * self._env.info()["map_size"]
+                except lmdb.MapResizedError:
+                    grown = 0  # another process made it larger: take over its size
                 except lmdb.Error as error:
-                    if "No space" in str(error):
-                        raise NoSpace(f"can't write the index in {self._directory}: the disk is full") from error
-                    raise
+                    self._raise_unusable(error)
                 finally:
-                    self._gate.leave()
+                    self._gate.leave(thread)
                 with self._gate.alone():
+                    # What killed readers pin can't be used again: perhaps it is only that.
+                    self._env.reader_check()
                     self._env.set_mapsize(grown)
 
     def _begin(self) -> View:
         while True:
-            self._gate.enter()
+            thread = self._gate.enter()
             try:
-                return View(self._env.begin(), self._dbs)
+                return View(self._env.begin(), self._dbs, thread)
             except lmdb.MapResizedError:
-                self._gate.leave()
-            except BaseException:
-                self._gate.leave()
+                self._gate.leave(thread)
+            except BaseException as error:
+                self._gate.leave(thread)
+                if isinstance(error, lmdb.Error):
+                    self._raise_unusable(error)
                 raise
             # Another process made the map larger: take over its size.
             with self._gate.alone():
@@ -235,7 +286,7 @@ class Index:
 
     def _end(self, view: View) -> None:
         view._txn.abort()
-        self._gate.leave()
+        self._gate.leave(view._thread)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -276,6 +327,37 @@ class _Viewing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._index._end(self._view)
+
+
+_DAMAGES = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError, lmdb.VersionMismatchError)
+
+
+def _is_full(error: OSError | lmdb.Error) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # LMDB has a class for the first; what a quota says it only puts into the text.
+    return isinstance(error, lmdb.DiskError) or "quota exceeded" in str(error)
+
+
+def _reserve_reader_table(path: Path) -> None:
+    """Give the lock file its blocks before LMDB maps it.
+
+    LMDB makes it sparse and writes it through the map: on a full disk that is
+    a SIGBUS, and not an error. Never touch the file once it is open in this
+    process: closing any descriptor of it drops LMDB's record locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return
+    try:
+        # 64 bytes a reader and a header of at most two pages; LMDB takes the size it finds.
+        os.posix_fallocate(descriptor, 0, (_MAX_READERS + 128) * 64)
+    except BaseException:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _size_of(path: Path) -> int:
