@@ -2,7 +2,8 @@
 
 The directory is the truth, the index is the memory. A row in BLOBS says that
 the blob was verified and is durable; a file without a row (left by a crash, or
-put there by Bazel) is hashed before its first use.
+put there by Bazel) is hashed before its first use. The blob of no bytes is
+always there: its file is made when somebody wants it.
 
     BLOBS  digest key → size, last use (seconds since the epoch), flags
 
@@ -13,15 +14,17 @@ that the other has just put there.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from store.digest import Digest, DigestFunction
+from store.digest import Digest, DigestFunction, empty_hash
 from store.errors import CorruptBlob, MissingBlob
 from store.hashing import hash_descriptor
 from store.index import Change, Index, Table, View
@@ -29,6 +32,9 @@ from store.layout import Layout, blob_path, cas_directories, hash_of_name
 
 _ROW = struct.Struct("<QIB")
 EXECUTABLE = 1
+
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Neither led elsewhere by a symbolic link nor kept waiting by a FIFO, whoever put them there."""
 
 MODE = 0o444
 MODE_EXECUTABLE = 0o555
@@ -64,6 +70,12 @@ def find_row(view: View, digest: Digest) -> BlobRow | None:
             f"no blob {digest}: the store has that hash with {row.size} bytes; the digest names a wrong size"
         )
     return row
+
+
+def is_known(view: View, digest: Digest) -> bool:
+    """Whether the index vouches for a blob of that hash and that size."""
+    value = view.get(Table.BLOBS, digest.key)
+    return value is not None and unpack_row(value).size == digest.size
 
 
 def touch(change: Change, keys: Iterable[bytes], now: int) -> list[bytes]:
@@ -119,10 +131,12 @@ class Blobs:
 
     def has(self, digest: Digest) -> bool:
         """Whether the blob is here, verified; a file without a row is verified now."""
+        if digest.is_empty_blob:
+            return True
         with self._index.view() as view:
-            if view.get(Table.BLOBS, digest.key) is not None:
-                find_row(view, digest)
-                return True
+            value = view.get(Table.BLOBS, digest.key)
+        if value is not None:
+            return unpack_row(value).size == digest.size
         if not self.has_file(digest):
             return False
         try:
@@ -132,18 +146,36 @@ class Blobs:
         return True
 
     def has_file(self, digest: Digest) -> bool:
-        """Whether a file of the right size has the blob's name; nothing is said of its bytes."""
+        """Whether a file of the right size has the blob's name; nothing is said of its bytes.
+
+        For the empty blob there is one from now on.
+        """
         try:
-            return os.stat(blob_path(digest), dir_fd=self._directory).st_size == digest.size
+            status = os.stat(blob_path(digest), dir_fd=self._directory, follow_symlinks=False)
+        except OSError:
+            return digest.is_empty_blob and self._make_empty(digest)
+        return stat.S_ISREG(status.st_mode) and status.st_size == digest.size
+
+    def _make_empty(self, digest: Digest) -> bool:
+        """Make the empty blob's file: whole from its first moment on, so it needs neither tmp nor sync."""
+        path = self._layout.blobs / blob_path(digest)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE))
+        except FileExistsError:
+            return True
         except OSError:
             return False
+        return True
 
     def size_on_disk(self, function: DigestFunction, hash_: bytes) -> int | None:
         """The size of the file that has the hash for its name, or None."""
         try:
-            return os.stat(blob_path(Digest(function, hash_, 0)), dir_fd=self._directory).st_size
+            path = blob_path(Digest(function, hash_, 0))
+            status = os.stat(path, dir_fd=self._directory, follow_symlinks=False)
         except OSError:
-            return None
+            return 0 if hash_ == empty_hash(function) else None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def is_verified(self, digest: Digest) -> bool:
         """Whether the index vouches for the blob: then `open` doesn't have to hash it."""
@@ -158,23 +190,30 @@ class Blobs:
         takes as long as reading it. Raises MissingBlob or CorruptBlob.
         """
         verified = self.is_verified(digest)
+        if not verified:
+            if digest.is_empty_blob:
+                self.has_file(digest)
+            # Before the file is opened: what is opened then is what was hashed, or a later publication.
+            self.adopt(digest)
+        path = blob_path(digest)
+        where = self._directory if directory is None else directory
         try:
-            descriptor = os.open(
-                blob_path(digest), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory if directory is None else directory
-            )
-        except FileNotFoundError:
-            if verified:
-                self._note_loss(digest)
-            raise MissingBlob(f"no blob {digest} in {self._layout.root}") from None
-        try:
-            if not verified:
-                self.adopt(digest)
-            elif (size := os.fstat(descriptor).st_size) != digest.size:
+            descriptor = os.open(path, _READING, dir_fd=where)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
                 self.quarantine(digest)
-                raise CorruptBlob(f"blob {digest} had {size} bytes; it is in {self._layout.quarantine} now")
-        except BaseException:
+                raise CorruptBlob(f"blob {digest} was a symbolic link; {self._now_in_quarantine()}") from error
+            if error.errno != errno.ENOENT:
+                raise
+            if digest.is_empty_blob and self.has_file(digest):
+                return os.open(path, _READING, dir_fd=where)
+            self._note_loss(digest)
+            raise MissingBlob(f"no blob {digest} in {self._layout.root}") from None
+        status = os.fstat(descriptor)
+        if status.st_size != digest.size:
             os.close(descriptor)
-            raise
+            self.quarantine(digest, status)
+            raise CorruptBlob(f"blob {digest} had {status.st_size} bytes; {self._now_in_quarantine()}")
         return descriptor
 
     def adopt(self, digest: Digest) -> None:
@@ -184,63 +223,89 @@ class Blobs:
         file into quarantine) if its bytes are others.
         """
         try:
-            descriptor = os.open(blob_path(digest), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+            descriptor = os.open(blob_path(digest), _READING, dir_fd=self._directory)
         except FileNotFoundError:
             raise MissingBlob(f"no blob {digest} in {self._layout.root}") from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            self.quarantine(digest)
+            raise CorruptBlob(f"blob {digest} was a symbolic link; {self._now_in_quarantine()}") from error
         try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                self.quarantine(digest, status)
+                raise CorruptBlob(f"blob {digest} was not a file; {self._now_in_quarantine()}")
+            protect(descriptor, status)
             found = hash_descriptor(descriptor, digest.function)
-            if found.hash == digest.hash:
-                if found.size != digest.size:
-                    raise MissingBlob(f"no blob {digest}: the store has that hash with {found.size} bytes")
-                status = os.fstat(descriptor)
-                # It may be the page cache's only: make it durable before a row says so.
-                os.fsync(descriptor)
-            else:
-                self.quarantine(digest)
-                raise CorruptBlob(
-                    f"blob {digest} had the bytes of {found}; it is in {self._layout.quarantine} now"
-                )
+            if found.hash != digest.hash:
+                self.quarantine(digest, status)
+                raise CorruptBlob(f"blob {digest} had the bytes of {found}; {self._now_in_quarantine()}")
+            if found.size != digest.size:
+                raise MissingBlob(f"no blob {digest}: the store has that hash with {found.size} bytes")
+            self.make_durable(descriptor, digest)
         finally:
             os.close(descriptor)
         row = BlobRow(digest.size, int(time.time()), bool(status.st_mode & 0o100))
 
         def work(change: Change) -> None:
-            if change.get(Table.BLOBS, digest.key) is None and self.has_file(digest):
+            if change.get(Table.BLOBS, digest.key) is None and self.is_same_file(digest, status):
                 change.put(Table.BLOBS, digest.key, pack_row(row))
 
         with self.publishing():
             self._index.update(work)
 
-    def quarantine(self, digest: Digest) -> None:
-        """Take a wrong file out of the blob directory and forget its row; nothing is deleted."""
+    def make_durable(self, descriptor: int, digest: Digest) -> None:
+        """Before a row says that a file which was just found is durable: it and its name may be the page cache's only."""
+        os.fsync(descriptor)
+        shard = os.open(os.path.dirname(blob_path(digest)), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+        try:
+            os.fsync(shard)
+        finally:
+            os.close(shard)
+
+    def is_same_file(self, digest: Digest, examined: os.stat_result) -> bool:
+        """Whether the file that was looked at still has the blob's name."""
+        try:
+            return os.path.samestat(os.stat(blob_path(digest), dir_fd=self._directory, follow_symlinks=False), examined)
+        except OSError:
+            return False
+
+    def quarantine(self, digest: Digest, examined: os.stat_result | None = None) -> None:
+        """Take a wrong file out of the blob directory and forget its row; nothing is deleted.
+
+        `examined` is the file that was found wrong: if another has the name by
+        now, it is left alone, as somebody has just published the right one.
+        """
+        target = self._layout.quarantine / f"{digest.function.label}-{digest.hash.hex()}-{time.time_ns()}"
         with self.removing():
-            self._forget([digest.key])
-            # Removing waits for publications, so what has the name now is what was looked at,
-            # unless somebody replaced it with a right one meanwhile: then it is only lost, not wrong.
-            target = self._layout.quarantine / f"{digest.function.label}-{digest.hash.hex()}-{time.time_ns()}"
-            try:
-                os.rename(blob_path(digest), target, src_dir_fd=self._directory)
-            except FileNotFoundError:
+            if examined is not None and not self.is_same_file(digest, examined):
                 return
+            self._forget(digest)
+            with suppress(FileNotFoundError):
+                os.rename(blob_path(digest), target, src_dir_fd=self._directory)
+
+    def _now_in_quarantine(self) -> str:
+        return f"it is in {self._layout.quarantine} now; add the file it came from again"
 
     def _note_loss(self, digest: Digest) -> None:
         """Somebody removed the file behind our back: drop the row, unless the file is back."""
         with self.removing():
             if not self.has_file(digest):
-                self._forget([digest.key])
+                self._forget(digest)
 
-    def _forget(self, keys: list[bytes]) -> None:
+    def _forget(self, digest: Digest) -> None:
         def work(change: Change) -> None:
-            if any([change.delete(Table.BLOBS, key) for key in keys]):
+            if change.delete(Table.BLOBS, digest.key):
                 count_removal(change)
 
         self._index.update(work)
 
     def missing(self, digests: Iterable[Digest]) -> list[Digest]:
-        """Those of the digests that the index doesn't know and no file stands for."""
+        """Those of the digests that are not here. What has no row but a file is hashed now."""
         digests = list(digests)
         with self._index.view() as view:
-            unknown = [d for d in digests if view.get(Table.BLOBS, d.key) is None]
+            unknown = [d for d in digests if not is_known(view, d)]
         return [d for d in unknown if not self.has(d)]
 
     def files(self) -> Iterator[tuple[DigestFunction, bytes, os.DirEntry[str]]]:
@@ -263,6 +328,14 @@ class Blobs:
                     hash_ = hash_of_name(shard, entry.name)
                     if hash_ is not None:
                         yield function, hash_, entry
+
+
+def protect(descriptor: int, status: os.stat_result) -> None:
+    """Take the right to write from a file that was found: nobody writes to a blob."""
+    if status.st_mode & 0o222:
+        # Where it is another user's, the owner's good will has to do.
+        with suppress(PermissionError):
+            os.fchmod(descriptor, MODE_EXECUTABLE if status.st_mode & 0o100 else MODE)
 
 
 _REMOVALS = b"removals"

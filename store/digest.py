@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple, Protocol
 
 from store.errors import BadDigest
@@ -111,8 +112,19 @@ class Digest(NamedTuple):
             raise BadDigest(f"digest {text!r} has a size over 63 bits")
         return cls(function, parse_hash(hexadecimal), int(size))
 
+    @property
+    def is_empty_blob(self) -> bool:
+        """Whether this is the blob of no bytes, which always exists and needs no upload."""
+        return not self.size and self.hash == empty_hash(self.function)
+
     def __str__(self) -> str:
         return f"{self.function.label}:{self.hash.hex()}/{self.size}"
+
+
+@cache
+def empty_hash(function: DigestFunction) -> bytes:
+    """The hash of no bytes."""
+    return function.new().digest()
 
 
 def parse_hash(hexadecimal: str) -> bytes:

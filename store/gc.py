@@ -21,10 +21,10 @@ from store.blobs import Blobs, count_removal, unpack_row
 from store.digest import Digest
 from store.entries import DirectoryEntry, FileEntry
 from store.index import Change, Index, Table, View
-from store.ingest import living_sessions
 from store.layout import Layout, blob_path
 from store.leases import Leases, lease_roots
 from store.manifests import manifest_roots
+from store.sessions import living_sessions
 from store.stamps import forget_stamps
 from store.trees import find_directory, forget_directories, walk_directories
 

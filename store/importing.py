@@ -73,9 +73,7 @@ class Importer:
         Raises BadInput for what can't be in a tree, BadManifest where two
         grafts have the same path.
         """
-        scanned = [
-            (at, scan_directory(top, options.excluded, keep_mtime=options.keep_mtime)) for at, top in grafts
-        ]
+        scanned = [(at, scan_directory(top, options.excluded, keep_mtime=options.keep_mtime)) for at, top in grafts]
         with self._building(options.function) as (ingest, builder):
             roots = [(at, self._add_scanned(top, options, ingest, builder, progress)) for at, top in scanned]
             if len(roots) == 1 and not roots[0][0]:
@@ -130,7 +128,8 @@ class Importer:
     def from_text(self, lines: Iterable[str], source: str) -> Directory:
         """The tree a manifest's text says. Its blobs need not be here.
 
-        Raises BadManifest with the number of the line.
+        Raises BadManifest with the number of the line, or for a size that a
+        blob which is here contradicts.
         """
         lines = iter(lines)
         head = list(islice(lines, 1))
@@ -138,7 +137,20 @@ class Importer:
         ordered = sorted(items, key=lambda item: path_order(item[0]))
         function = DigestFunction.named(head[0].split()[3])
         with self._building(function) as (_, builder):
+            self._check_sizes(ordered, source)
             return builder.finish(_named_source(source, builder, ordered))
+
+    def _check_sizes(self, items: Iterable[tuple[bytes, Entry | None]], source: str) -> None:
+        """Raise BadManifest for a digest whose size is not that of the blob that is here."""
+        with self._index.view() as view:
+            for path, entry in items:
+                if isinstance(entry, FileEntry) and (value := view.get(Table.BLOBS, entry.digest.key)) is not None:
+                    size = unpack_row(value).size
+                    if size != entry.digest.size:
+                        raise BadManifest(
+                            f"{source}: {printable(path)} has the digest {entry.digest}, "
+                            f"but the blob with that hash has {size} bytes"
+                        )
 
     def from_checklist(
         self, lines: Iterable[bytes], function: DigestFunction, source: str, base: Path | None = None

@@ -5,13 +5,15 @@
         cas/ab/<hash>          SHA-256
         blake3/cas/ab/<hash>   BLAKE3
         ac/, blake3/ac/        action results
-      index/                 the LMDB environment and its lock
+      index/                 the LMDB environment and its locks
       manifests/<name>.json  the names of roots, so that a lost index loses no name
       leases/<id>            a lock file per lease, held by whoever holds the lease
-      tmp/<session>/         unpublished files of one ingest, locked while it lives
+      tmp/<session>/         unpublished files of one session, locked while it lives
       quarantine/            files whose bytes were not what their name says
       format                 says that this is a store, and of which format
       casfs.log              what went wrong behind a mount
+
+All of it must be on one file system: things move by rename.
 """
 
 from __future__ import annotations

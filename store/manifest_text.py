@@ -144,13 +144,23 @@ def _parse_digest(text: str, function: DigestFunction) -> Digest:
 
 
 def _parse_mtime(text: str) -> int | None:
-    return None if text == "-" else int(text)
+    if text == "-":
+        return None
+    return _check_time(int(text), text)
+
+
+def _check_time(number: int, text: str) -> int:
+    if not -1 << 63 <= number < 1 << 63:
+        raise ValueError(f"a time has 64 bits, in nanoseconds; not {text[:80]!r}")
+    return number
 
 
 def _parse_stamp(text: str) -> Stamp:
     numbers = [int(part) for part in text.split(":")]
-    if len(numbers) != 5 or min(numbers[:3]) < 0:
+    if len(numbers) != 5 or min(numbers[:3]) < 0 or max(numbers[:2]) >= 1 << 64 or numbers[2] >= 1 << 63:
         raise ValueError(f"a stamp is device:inode:size:mtime:ctime, not {text[:80]!r}")
+    for number in numbers[3:]:
+        _check_time(number, text)
     return Stamp(*numbers)
 
 
@@ -171,7 +181,7 @@ class ChecklistLine(NamedTuple):
 
 
 _TAGGED = re.compile(rb"^(SHA256|BLAKE3) \((.*)\) = ([0-9a-f]{64})$", re.DOTALL)
-_PLAIN = re.compile(rb"^([0-9a-f]{64})  ?\*?(.+)$", re.DOTALL)
+_PLAIN = re.compile(rb"^([0-9a-f]{64}) [ *](.+)$", re.DOTALL)
 _BACKSLASHED = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 
 

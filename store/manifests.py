@@ -76,7 +76,7 @@ class Manifests:
     def find(self, name: str) -> Manifest | None:
         """The manifest of that name, or None."""
         with self._index.view() as view:
-            value = view.get(Table.MANIFESTS, name.encode()) if len(name) <= 200 else None
+            value = view.get(Table.MANIFESTS, name.encode()) if _NAME.fullmatch(name) else None
         return None if value is None else _unpack(name, value)
 
     def get(self, name: str) -> Manifest:

@@ -15,10 +15,11 @@ from store.errors import NewerFormat, StoreUnusable
 from store.gc import Collector
 from store.importing import Importer
 from store.index import Index
-from store.ingest import Ingest, living_sessions
+from store.ingest import Ingest
 from store.layout import Layout
 from store.leases import Leases
 from store.manifests import Manifests
+from store.sessions import living_sessions
 from store.verify import Verifier
 
 FORMAT = 1
@@ -73,7 +74,10 @@ def _check_directory(layout: Layout, create: bool) -> None:
         text = marker.read_text()
     except FileNotFoundError:
         if not create:
-            raise StoreUnusable(f"there is no store in {layout.root}") from None
+            raise StoreUnusable(
+                f"there is no store in {layout.root}: 'casfs add' or 'casfs manifest create' begins one, "
+                "--store or CASFS_STORE names another"
+            ) from None
         _make_directory(layout, marker)
         return
     except OSError as error:

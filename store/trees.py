@@ -167,7 +167,9 @@ def _decode_row(name: bytes, value: bytes) -> Row:
         mtime_ns = _MTIME.unpack_from(value, _FILE.size)[0] if flags & _HAS_MTIME else None
         # The one place where the calls of named tuples' constructors show in a profile: a listing runs it per entry.
         digest = _new_tuple(Digest, (_FUNCTIONS[function], hash_, size))
-        return _new_tuple(Row, (offset, _new_tuple(FileEntry, (name, digest, flags & _EXECUTABLE == _EXECUTABLE, mtime_ns)), 0, 1, 0))
+        return _new_tuple(
+            Row, (offset, _new_tuple(FileEntry, (name, digest, flags & _EXECUTABLE == _EXECUTABLE, mtime_ns)), 0, 1, 0)
+        )
     if kind == _KIND_DIRECTORY:
         _, _, offset, function, hash_, size, number, nodes, subdirectories = _DIRECTORY.unpack(value)
         digest = Digest(_FUNCTIONS[function], hash_, size)

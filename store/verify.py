@@ -57,9 +57,7 @@ Progress = Callable[[int, int], None]
 class Verifier:
     """Verifies one store."""
 
-    def __init__(
-        self, index: Index, blobs: Blobs, manifests: Manifests, leases: Leases, importer: Importer
-    ) -> None:
+    def __init__(self, index: Index, blobs: Blobs, manifests: Manifests, leases: Leases, importer: Importer) -> None:
         self._index = index
         self._blobs = blobs
         self._manifests = manifests

@@ -128,10 +128,7 @@ def find_cycle(root: Path) -> list[str]:
     except CycleError as error:
         # The list runs from what is imported to what imports it, and ends where it began.
         ring: list[str] = error.args[1][::-1]
-        return [
-            f"{places[importer, imported]}: {importer} imports {imported}"
-            for importer, imported in pairwise(ring)
-        ]
+        return [f"{places[importer, imported]}: {importer} imports {imported}" for importer, imported in pairwise(ring)]
     return []
 
 

@@ -72,6 +72,9 @@ def load_settings(
     store: str | None = None, config: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Settings:
     """The settings, given what the command line said. Raises BadInput naming file and key."""
+    if store == "" or config == "":
+        # An unset variable in a script: going on with the default would be a surprise.
+        raise BadInput(f"{'--store' if store == '' else '--config'} is empty: name a path, or leave the option out")
     values = _read_file(config, environ)
     chosen = store or environ.get("CASFS_STORE") or values.pop("store", None)
     values.pop("store", None)

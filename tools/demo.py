@@ -1,8 +1,8 @@
-"""`python -m tools.demo`: this machine's C++ headers, projected out of a store into a compiler.
+"""`python -m tools.demo`: this machine's C++ compiler and headers, projected out of a store.
 
-Ingests the directories the C++ compiler finds its headers in, mounts them
-without one header, compiles and runs a program with nothing but the mount to
-include from, and says what that showed. Everything is made in a temporary
+Ingests the directories the compiler finds its headers in and is made of, mounts
+them without one header, compiles and runs a program with nothing but the mount
+to include from, and says what that showed. Everything is made in a temporary
 directory and taken away again, on Ctrl-C too. Exit code 0 if every claim held,
 1 if one didn't, 2 where the demonstration can't be given.
 """
@@ -17,11 +17,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from casfs.errors import CasfsError
+from casfs.errors import CasfsError, MissingCapability
 from casfs.mountinfo import list_mounts
+from casfs.probes import probe_mount
 from store.digest import Digest
 from store.errors import StoreError
-from tools.bench.scratch import Sample, ending_on_signals, ingest, mounted_tree, observe, scratch_directory
+from tools.bench.scratch import (
+    Sample,
+    ending_on_signals,
+    ingest,
+    mounted_tree,
+    observe,
+    scratch_directory,
+    wait_ended,
+)
 from tools.bench.toolchain import (
     LEFT_OUT,
     PROGRAM,
@@ -62,11 +71,12 @@ class Claims:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What happened on one mount: the engine and why it was taken, the daemon, what compiling took, and what came out."""
+    """What happened on one mount: the engine and why it was taken, what compiling took, and what came out of it."""
 
     engine: str
     why: str
     pid: int
+    """The daemon's."""
     sample: Sample
     compilation: Compilation
     output: str
@@ -85,9 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with ending_on_signals(), scratch_directory(options.scratch, "demo") as scratch:
             claims = _demonstrate(scratch)
-        left = [mount for mount in list_mounts() if mount.path.startswith(os.fsencode(scratch))]
-        left_behind = left or scratch.exists() or any(os.path.exists(f"/proc/{pid}") for pid in claims.daemons)
-        claims.say(not left_behind, "nothing is left: no mount, no daemon, no file")
+        mounts = [mount for mount in list_mounts() if mount.path.startswith(os.fsencode(scratch))]
+        ended = all(wait_ended(pid) for pid in claims.daemons)
+        claims.say(ended and not mounts and not scratch.exists(), "nothing is left: no mount, no daemon, no file")
+    except SystemExit:
+        print("\nended early: what was made has been taken away again", file=sys.stderr)
+        raise
     except (NoCompiler, CasfsError, StoreError) as error:
         print(f"the demonstration can't be given: {error}", file=sys.stderr)
         return 2
@@ -97,12 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _demonstrate(scratch: Path) -> Claims:
     toolchain = find_toolchain()
+    _check_mounting(scratch)
     on_host = toolchain.find_left_out()
     if on_host is None:
         raise NoCompiler(f"the C library's header {LEFT_OUT}, which is to be left out, isn't on this machine")
     _line("compiler", toolchain.version)
     for top in toolchain.tops():
-        _line("headers from", str(top))
+        _line("files from", str(top))
 
     # The path in its graft: what an exclusion is compared with.
     top = next(top for top in toolchain.tops() if on_host.is_relative_to(top))
@@ -163,9 +177,10 @@ class _Demonstration:
             second = self._compile("second.cc", None, place)
             visible = (place / str(self._on_host)[1:]).exists()
             same = all(_is_same(header, place) for header in done[0].headers)
+        _line("unmounted", str(place))
         output = ""
         if done[0].ok:
-            ran = subprocess.run([str(binary)], capture_output=True, text=True, timeout=_RUN_SECONDS)
+            ran = subprocess.run([str(binary)], capture_output=True, text=True, timeout=_RUN_SECONDS, check=False)
             output = ran.stdout if not ran.returncode else f"exit code {ran.returncode}"
             _line("compiled", f"{len(done[0].headers)} headers included; it ran and printed {output.strip()!r}")
         return Shown(mounted.engine, mounted.why, mounted.pid, sample, done[0], output, second, visible, same)
@@ -205,6 +220,10 @@ def _claim_headers(claims: Claims, shown: Shown, host: Compilation, place: Path)
         shown.compilation.ok and bool(inside) and not outside,
         f"the compiler opened {len(inside)} headers below the mount and {outside} anywhere else",
     )
+    programs = shown.compilation.programs
+    own = bool(programs) and all(Path(program).is_relative_to(place) for program in programs)
+    names = " and ".join(os.path.basename(program) for program in programs)
+    claims.say(own, f"the compiler itself ({names}) was started from below the mount")
     # With -nostdinc the compiler doesn't include stdc-predef.h by itself, but another header does: one more then.
     opened = {os.path.realpath(_on_host(header, place)) for header in inside}
     missed = {os.path.realpath(header) for header in host.headers} - opened
@@ -220,6 +239,15 @@ def _claim_reads(claims: Claims, shown: Shown, other: Shown | None) -> None:
         claims.say(not reads, f"{opens:,} files were opened with {reads:,} READ upcalls: the kernel read them{others}")
         return
     print(f"\nREAD is {reads:,} here and not 0: engine {shown.engine}, because {shown.why}")
+
+
+def _check_mounting(scratch: Path) -> None:
+    """Before the work that would be for nothing. Raises MissingCapability."""
+    file = scratch / "probe"
+    file.write_bytes(b"probe")
+    mounting = probe_mount(file)
+    if not mounting.ok:
+        raise MissingCapability(f"{mounting.detail}\n'casfs doctor' says what to do about it")
 
 
 def _line(name: str, text: str) -> None:

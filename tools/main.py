@@ -22,6 +22,14 @@ from tools.commands import VERBS, add_common, add_verbs
 from tools.exits import Exit, describe_exits, find_exit
 
 _DESCRIPTION = "Projects trees of files out of a content-addressed store."
+_EXAMPLE = """\
+a first mount:
+  casfs manifest create headers /usr/include
+  mkdir mnt
+  casfs mount headers mnt
+  casfs stats mnt
+  casfs umount mnt
+"""
 
 
 class Terminated(BaseException):
@@ -33,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "casfs",
         description=_DESCRIPTION,
-        epilog=f"exit codes:\n{describe_exits()}\n\n'casfs VERB --help' explains a verb.",
+        epilog=f"{_EXAMPLE}\nexit codes:\n{describe_exits()}\n\n'casfs VERB --help' explains a verb and has examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
@@ -59,22 +67,25 @@ class _Version(argparse.Action):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see `tools.exits`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        # A file name may hold what the terminal's encoding has not, or no encoding has.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams()
+    with _raising_on_signals(for_good=argv is None):
+        try:
+            return _run_and_report(arguments)
+        except KeyboardInterrupt:
+            return _report("interrupted", Exit.INTERRUPTED)
+        except Terminated:
+            return _report("terminated", Exit.TERMINATED)
+
+
+def _run_and_report(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
-        with _raising_on_signals():
+        try:
             code = _run(arguments)
-            sys.stdout.flush()
-            return code
-    except SystemExit as stop:  # argparse, after --help or a usage error
-        return _flushed(stop.code if isinstance(stop.code, int) else Exit.NO)
-    except KeyboardInterrupt:
-        return _report("interrupted", Exit.INTERRUPTED)
-    except Terminated:
-        return _report("terminated", Exit.TERMINATED)
+        except SystemExit as stop:  # argparse, after --help or a usage error
+            code = stop.code if isinstance(stop.code, int) else Exit.NO
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Whoever read our output has seen enough.
         _forget_output()
@@ -91,6 +102,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(_describe(error), known)
 
 
+def _prepare_streams() -> None:
+    """Have all three standard streams, able to print every file name.
+
+    One that was closed (``>&-``) is opened on /dev/null. Left free, its
+    descriptor would be the next file's, and be overwritten by what is printed.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
+    for stream in (sys.stdout, sys.stderr):
+        # A file name may hold what the terminal's encoding has not, or no encoding has.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(arguments: list[str]) -> int:
     args = make_parser().parse_args(arguments)
     from tools.config import load_settings
@@ -102,11 +131,22 @@ def _run(arguments: list[str]) -> int:
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         # OSError's own text begins with a number that means little to a person.
-        named = isinstance(error.filename, str | bytes)
-        return f"{os.fsdecode(error.filename)}: {error.strerror}" if named else error.strerror
+        if isinstance(error.filename, str | bytes):
+            return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return f"can't write the output: {error.strerror}" if _output_fails() else error.strerror
     if find_exit(error) is None:
         return f"unexpected {type(error).__name__}: {error}"
     return str(error)
+
+
+def _output_fails() -> bool:
+    """Whether what is buffered for standard output can't be written; it is dropped then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _forget_output()
+        return True
+    return False
 
 
 def _report(message: str, code: Exit) -> Exit:
@@ -114,14 +154,6 @@ def _report(message: str, code: Exit) -> Exit:
         sys.stdout.flush()
     with suppress(OSError, ValueError):
         print(f"casfs: {message}", file=sys.stderr, flush=True)
-    return code
-
-
-def _flushed(code: int) -> int:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _forget_output()
     return code
 
 
@@ -137,13 +169,14 @@ _IMPATIENCE_SECONDS = 1.0
 
 
 @contextmanager
-def _raising_on_signals() -> Iterator[None]:
+def _raising_on_signals(*, for_good: bool) -> Iterator[None]:
     """The first SIGINT or SIGTERM raises, so that everything is cleaned up on the way out.
 
     One that comes within a second is the same signal once more (`timeout` and
     terminals send it to the process and to its group); a later one is somebody
     who doesn't want to wait, and ends the process at once. What that leaves in
-    the store is removed at the next start.
+    the store is removed at the next start. `for_good`: nothing but the end of
+    the process comes afterwards; a signal then ends it without Python's traceback.
     """
     first = 0.0
 
@@ -157,8 +190,10 @@ def _raising_on_signals() -> Iterator[None]:
         first = now
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
+    # What a shell had ignored, as it does for jobs in the background, stays ignored.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not the main thread: somebody else handles signals
         yield
         return
@@ -166,7 +201,7 @@ def _raising_on_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if for_good else handler)
 
 
 if __name__ == "__main__":

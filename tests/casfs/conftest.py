@@ -1,7 +1,8 @@
 """Real mounts for the tests of `casfs`: made here, and always taken away again.
 
-A store is open only while something is added: the
-daemon is a fork of this process, and LMDB must not cross a fork.
+A store is open only while something is added: the daemon is a fork of this
+process, and LMDB must not cross a fork. What is left behind all the same is
+found by the hygiene of tests/conftest.py.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
+import struct
 import tempfile
 import threading
 import time
@@ -24,35 +27,14 @@ from casfs.fusemount import attach, detach
 from casfs.mountinfo import list_mounts
 from casfs.session import Opener, Session
 from casfs.tree import Tree
+from casfs.wire import Opcode
 from store.digest import Digest, DigestFunction
 from store.importing import ScanOptions
 from store.layout import Layout, blob_path
 from store.repository import Store
+from tests.conftest import Requirements
 
 ENGINES = ("passthrough", "native", "fuse")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def runtime_directory() -> Iterator[None]:
-    """The daemons' sockets lie in a directory of the tests' own."""
-    before = os.environ.get("CASFS_RUNTIME_DIR")
-    with tempfile.TemporaryDirectory(prefix="casfs-run-") as directory:
-        os.environ["CASFS_RUNTIME_DIR"] = directory
-        yield
-        if before is None:
-            del os.environ["CASFS_RUNTIME_DIR"]
-        else:
-            os.environ["CASFS_RUNTIME_DIR"] = before
-
-
-def require(engine: str, store_root: Path) -> None:
-    """Skip, saying what is lacking, where this machine can't serve an engine."""
-    try:
-        mounting.choose_engine(engine, store_root)
-    except MissingCapability as error:
-        pytest.skip(str(error))
-    if not os.path.exists("/dev/fuse"):
-        pytest.skip("there is no /dev/fuse")
 
 
 class Mounted:
@@ -65,9 +47,9 @@ class Mounted:
         self.device = os.stat(path).st_dev
 
     def upcalls(self) -> Counter[str]:
-        """The counts so far, without RELEASE and FORGET, which come when the kernel likes."""
+        """The counts so far, without RELEASE, RELEASEDIR and FORGET, which come when the kernel likes."""
         counts = Counter[str](control.statistics(self.path)["upcalls"])
-        for opcode in ("RELEASE", "FORGET", "BATCH_FORGET", "INTERRUPT"):
+        for opcode in ("RELEASE", "RELEASEDIR", "FORGET", "BATCH_FORGET", "INTERRUPT"):
             counts.pop(opcode, None)
         return +counts
 
@@ -94,8 +76,9 @@ class Mounted:
 class Mounts:
     """A store and what is mounted from it; `end` unmounts all, whatever state it is in."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, requires: Requirements) -> None:
         self.base = base
+        self.requires = requires
         self.root = base / "store"
         self.layout = Layout(self.root)
         self._places: list[Path] = []
@@ -129,11 +112,19 @@ class Mounts:
 
     def mount(self, root: Digest, engine: str, place: Path | None = None, name: str | None = None) -> Mounted:
         """A new mount of that tree."""
-        require(engine, self.root)
+        self.require(engine)
         path = place or self.place()
         if path not in self._places:
             self._places.append(path)
         return Mounted(path, mounting.start(self.root, root, path, engine=engine, name=name))
+
+    def require(self, engine: str) -> None:
+        """End the test, saying what is lacking, where this machine can't serve an engine."""
+        self.requires.fuse()
+        try:
+            mounting.choose_engine(engine, self.root)
+        except MissingCapability as error:
+            self.requires.lacking(str(error))
 
     def log(self) -> str:
         """What the daemons wrote to the store's log."""
@@ -185,20 +176,20 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) 
 
 
 @pytest.fixture
-def mounts() -> Iterator[Mounts]:
+def mounts(tmp_path_factory: pytest.TempPathFactory, requires: Requirements) -> Iterator[Mounts]:
     """A store of the test's own."""
-    yield from _mounts()
+    yield from _mounts(tmp_path_factory, requires)
 
 
 @pytest.fixture(scope="module")
-def module_mounts() -> Iterator[Mounts]:
+def module_mounts(tmp_path_factory: pytest.TempPathFactory, requires: Requirements) -> Iterator[Mounts]:
     """A store for all tests of a module."""
-    yield from _mounts()
+    yield from _mounts(tmp_path_factory, requires)
 
 
-def _mounts() -> Iterator[Mounts]:
-    base = Path(tempfile.mkdtemp(prefix="casfs-test-"))
-    mounts = Mounts(base)
+def _mounts(factory: pytest.TempPathFactory, requires: Requirements) -> Iterator[Mounts]:
+    base = factory.mktemp("casfs")
+    mounts = Mounts(base, requires)
     try:
         yield mounts
     finally:
@@ -238,15 +229,19 @@ class InProcess:
         with contextlib.suppress(CasfsError):
             detach(self.path, lazy=True)
         self._thread.join(5)
+        assert not self._thread.is_alive(), "the session goes on after its mount is gone"
         os.close(self.device)
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., InProcess]]:
+def serve(tmp_path: Path, requires: Requirements) -> Iterator[Callable[..., InProcess]]:
     """Serve a tree in this process: ``serve(tree, contents, passthrough=…)``."""
+    requires.fuse()
     running: list[InProcess] = []
 
     def start(tree: Tree, contents: Opener, *, passthrough: bool) -> InProcess:
+        if passthrough:
+            requires.admin()
         place = Path(tempfile.mkdtemp(dir=tmp_path, prefix="raw-"))
         running.append(InProcess(place, tree, contents, passthrough=passthrough))
         return running[-1]
@@ -256,3 +251,80 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., InProcess]]:
     finally:
         for session in reversed(running):
             session.close()
+
+
+class FakeKernel:
+    """The other end of a session's connection: requests go in as messages, replies come back; nothing is mounted."""
+
+    def __init__(self, tree: Tree, contents: Opener) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(10)
+        self._device = theirs.detach()
+        self.session = Session(self._device, tree, contents, passthrough=False)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._unique = 0
+        self.failure: CasfsError | None = None
+
+    def _serve(self) -> None:
+        try:
+            self.session.begin()
+            self.session.run()
+        except CasfsError as error:
+            self.failure = error
+
+    def begin(self, major: int = 7, minor: int = 41, flags: int = 0xFFFF_FFFF, body: bytes | None = None) -> bytes:
+        """Send INIT; returns the reply."""
+        self._thread.start()
+        if body is None:
+            body = struct.pack("<IIIII44x", major, minor, 1 << 17, flags, 0xFF)
+        return self.ask(Opcode.INIT, 0, body)
+
+    def message(self, opcode: int, node: int, body: bytes) -> bytes:
+        """A request with a good header and a number of its own."""
+        self._unique += 2
+        return struct.pack("<IIQQIIIHH", 40 + len(body), opcode, self._unique, node, 0, 0, 1, 0, 0) + body
+
+    def send(self, message: bytes) -> None:
+        """A message as it is, good or bad."""
+        self._socket.send(message)
+
+    def receive(self) -> bytes:
+        """The next reply."""
+        return self._socket.recv(1 << 21)
+
+    def ask(self, opcode: int, node: int, body: bytes = b"") -> bytes:
+        """The reply to a request, checked to be one: its length and whose it is."""
+        self.send(self.message(opcode, node, body))
+        reply = self.receive()
+        length, error, unique = struct.unpack_from("<IiQ", reply)
+        assert length == len(reply)
+        assert unique == self._unique
+        assert -4096 < error <= 0
+        assert not error or length == 16
+        return reply
+
+    def errno_of(self, opcode: int, node: int, body: bytes = b"") -> int:
+        """The errno a request is answered with; 0 for success."""
+        return -int(struct.unpack_from("<i", self.ask(opcode, node, body), 4)[0])
+
+    def close(self) -> None:
+        """The connection ends, and so must the session."""
+        self._socket.close()
+        if self._thread.is_alive():
+            self._thread.join(10)
+        assert not self._thread.is_alive(), "the session goes on without a connection"
+        os.close(self._device)
+
+
+@pytest.fixture
+def fake_kernel() -> Iterator[Callable[[Tree, Opener], FakeKernel]]:
+    """Make a session that a test drives by hand: ``fake_kernel(tree, contents)``."""
+    made: list[FakeKernel] = []
+
+    def make(tree: Tree, contents: Opener) -> FakeKernel:
+        made.append(FakeKernel(tree, contents))
+        return made[-1]
+
+    yield make
+    for kernel in made:
+        kernel.close()

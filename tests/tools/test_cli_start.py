@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import pkgutil
+import re
+import shlex
 import subprocess
 import sys
 
@@ -121,12 +123,14 @@ def test_bash_accepts_the_script(casfs: Casfs) -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_output_that_nobody_reads_any_more_is_no_failure(casfs: Casfs) -> None:
-    casfs.ok("manifest", "create", "python", str(pkgutil.__file__).rpartition("/")[0], "--exclude", "__pycache__")
-    process = casfs.start("manifest", "export", "python")
+@pytest.mark.parametrize("arguments", [("manifest", "export", "many"), ("ls", "-R", "many"), ("ls", "--json", "many")])
+def test_output_that_nobody_reads_any_more_is_no_failure(casfs: Casfs, arguments: tuple[str, ...]) -> None:
+    names = (f"f\t{'ab' * 32}/1\t-\t{number:0100d}\n" for number in range(2000))
+    casfs.ok("manifest", "import", "many", "-", stdin="casfs manifest 1 blake3\n" + "".join(names))
+    process = casfs.start(*arguments)
     assert process.stdout is not None
     assert process.stderr is not None
-    assert process.stdout.readline().startswith(b"casfs manifest 1")
+    assert process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
@@ -148,3 +152,56 @@ def test_an_unexpected_error_is_one_line_and_the_traceback_comes_only_when_asked
     )
     assert loud.returncode == Exit.NO
     assert "Traceback" in loud.stderr
+
+
+@pytest.mark.parametrize("arguments", ["--help", "manifest list", "stats --json"])
+def test_output_that_can_not_be_written_is_a_failure_that_says_so(casfs: Casfs, arguments: str) -> None:
+    casfs.ok("manifest", "import", "m", "-", stdin="casfs manifest 1 blake3\nd\tempty\n")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*casfs.command, *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=casfs.environment,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        Exit.STORE,
+        b"casfs: can't write the output: No space left on device\n",
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_do_no_harm(casfs: Casfs, closed: str) -> None:
+    (casfs.directory / "file").write_text("text")
+    for arguments in ("add file", "add --stdin", "stats", "stats --json", "manifest list"):
+        shell = f"'{sys.executable}' -m tools.main {arguments} {closed}"
+        done = subprocess.run(
+            shell, shell=True, capture_output=True, cwd=casfs.directory, env=casfs.environment, timeout=60, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b""), arguments
+    assert casfs.ok("verify", "--json").json["blobs"] == 2
+
+
+def test_every_example_is_a_command_that_can_be_parsed() -> None:
+    parser = make_parser()
+    load_all(parser)
+    for line in find_examples(parser):
+        for part in re.split(r" \|\|? ", line.partition("#")[0]):
+            words = shlex.split(part.partition(" > ")[0])
+            if words[0] == "casfs" and "--help" not in words:
+                parser.parse_args(words[1:])
+
+
+def find_examples(parser: argparse.ArgumentParser) -> list[str]:
+    """The lines of the examples of a parser's verbs, and of theirs."""
+    found: list[str] = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                lines = (verb.epilog or "").splitlines()
+                assert lines[:1] == ["examples:"], verb.prog
+                assert max(map(len, lines)) <= 100, verb.prog
+                found += [*lines[1:], *find_examples(verb)]
+    return found

@@ -55,8 +55,8 @@ def _make_blob(store: Path, scratch: Path, size: int) -> tuple[Path, Digest]:
     directory.mkdir()
     block = os.urandom(_BLOCK).replace(_ABSENT, b"\0")
     with open(directory / _NAME, "wb") as out:
-        for number in range(size // _BLOCK):
-            out.write(number.to_bytes(4, "big").replace(_ABSENT, b"\0") + block[4:])
+        numbers = (number.to_bytes(4, "big") for number in range(size // _BLOCK))
+        out.writelines(number.replace(_ABSENT, b"\0") + block[4:] for number in numbers)
     tree = ingest(store, [(b"", directory)], "big")
     (directory / _NAME).unlink()
 

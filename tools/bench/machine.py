@@ -51,7 +51,7 @@ def _package(name: str) -> str:
 
 def _libfuse() -> str:
     try:
-        asked = subprocess.run(["pkg-config", "--modversion", "fuse3"], capture_output=True, text=True)
+        asked = subprocess.run(["pkg-config", "--modversion", "fuse3"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return "not installed"
     return asked.stdout.strip() or "not installed"

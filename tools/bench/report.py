@@ -10,6 +10,16 @@ from tools.bench.sessions import ProfiledFunction
 FORMAT = 1
 """Of the JSON; raised when a reader would misunderstand the new one."""
 
+_LEGEND = (
+    "Each value is a median; the range is the lowest and the highest repetition. The ratio is to the first side of",
+    "the same measure. Sides take turns within one run. The sides that come up again and again:",
+    "",
+    "- **host**: the files themselves, without casfs: native",
+    "- **passthrough**: our own session, the kernel reads the blobs itself",
+    "- **native**: our own session without passthrough: reads go through the daemon",
+    "- **fuse**: the pyfuse3 session, for ordinary users",
+)
+
 
 def as_json(machine: dict[str, str | int], command: str, results: dict[str, tuple[str, Outcome]]) -> dict[str, Any]:
     """`results`: scenario → what it is about, and its outcome."""
@@ -27,8 +37,7 @@ def as_markdown(machine: dict[str, str | int], command: str, results: dict[str, 
     lines += _table(["machine", ""], [[name.replace("_", " "), str(value)] for name, value in machine.items()])
     lines += [
         "",
-        "Each value is a median; the range is the lowest and the highest repetition. The ratio is to the first side "
-        "of the same measure. Sides take turns within one run.",
+        *_LEGEND,
         "",
     ]
     aims = [aim for _, outcome in results.values() for aim in outcome.aims]

@@ -41,7 +41,7 @@ def _run_here(name: str, settings: Settings, results: Connection) -> None:
     with ending_on_signals():
         try:
             results.send(load(name).run(settings))
-        except Exception:
+        except Exception:  # noqa: BLE001 - printed; the other scenarios go on
             traceback.print_exc()
         finally:
             results.close()

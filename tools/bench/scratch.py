@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import tempfile
@@ -95,7 +96,7 @@ def in_child(work: Callable[[], T]) -> T:
             code = 0
         except SystemExit:
             code = 1  # told to end
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it is, it must not run on into the parent's code
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -110,7 +111,7 @@ def in_child(work: Callable[[], T]) -> T:
         _, status = os.waitpid(child, 0)
     if status:
         raise RuntimeError(f"a child of the benchmark failed ({os.waitstatus_to_exitcode(status)}); see above")
-    return cast(T, pickle.loads(data))
+    return cast(T, pickle.loads(data))  # noqa: S301 - our own child wrote it
 
 
 def _keep_all(path: bytes) -> bool:
@@ -226,6 +227,29 @@ def stop(process: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def drop_caches() -> bool:
+    """Empty the kernel's caches of pages, names and inodes, all of them; False where this process may not."""
+    os.sync()  # only what is on disk can be dropped
+    try:
+        with open("/proc/sys/vm/drop_caches", "w") as control_file:
+            control_file.write("3\n")
+    except OSError:
+        return False
+    return True
+
+
+def wait_ended(pid: int, seconds: float = 5.0) -> bool:
+    """Whether a process ends within so long. One that nobody has waited for yet has ended."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], seconds)[0])
+    finally:
+        os.close(process)
 
 
 def usable_engines(scratch: Path, wanted: tuple[str, ...]) -> tuple[list[str], list[str]]:

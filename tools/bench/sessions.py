@@ -68,7 +68,7 @@ def own_session(
             with open(writing, "wb") as pipe:
                 _serve(store, root, place, pipe, passthrough=passthrough, poll=poll, profile=profile)
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it is, it must not run on into the parent's code
             traceback.print_exc()
         finally:
             os._exit(code)
@@ -88,7 +88,7 @@ def own_session(
             data = pipe.read()
             os.waitpid(child, 0)
             if data:
-                session.statistics, session.profile = pickle.loads(data)
+                session.statistics, session.profile = pickle.loads(data)  # noqa: S301 - our own child wrote it
 
 
 def _serve(store: Path, root: Digest, place: Path, pipe: Any, *, passthrough: bool, poll: bool, profile: bool) -> None:

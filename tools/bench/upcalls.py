@@ -9,10 +9,12 @@ floor of what libfuse itself costs. Every repetition is on a fresh mount.
     LOOKUP, missing    access(2) of a name never asked for before
     LOOKUP             stat(2) of a file, the first time
     GETATTR            statx(2) with AT_STATX_FORCE_SYNC, which passes every cache
-    OPEN to RELEASE    open(2) and close(2) of a file through /proc/self/fd, so without a LOOKUP
+    OPEN, READ         open(2), read(2) and close(2) of each file once, its name known; with
+                       passthrough the blob is registered with the kernel, and there is no READ
+    OPEN to RELEASE    open(2) and close(2) of one file again and again
 
-*Upcalls* are the daemon's answers per operation, counted by its write system
-calls (/proc/PID/io): passthrough_ll has a FLUSH for each close that we do without.
+*Answers* are the daemon's per operation, counted by its write system calls
+(/proc/PID/io): passthrough_ll has a FLUSH for each close that we do without.
 *Daemon CPU* is per operation, from the process's CPU clock.
 """
 
@@ -41,7 +43,7 @@ _SETTLE_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """A loop over one system call: how often it is made, and where only some daemons can answer it, which."""
+    """A loop over one system call: how often it is made, and whether hello_ll can answer it."""
 
     name: str
     work: Callable[[Path, int], None]
@@ -118,6 +120,7 @@ def _operations(settings: Settings) -> list[_Operation]:
         _Operation("LOOKUP, missing", _lookup_missing, calls),
         _Operation("LOOKUP", _lookup, _FILES, hello=False),
         _Operation("GETATTR", _getattr, calls),
+        _Operation("OPEN, READ", _read_each, _FILES, hello=False),
         _Operation("OPEN to RELEASE", _open, calls),
     ]
 
@@ -129,9 +132,9 @@ def _measure(outcome: Outcome, operation: _Operation, side: str, pid: int, place
     seconds = time.perf_counter() - began
     time.sleep(_SETTLE_SECONDS)
     cpu, answers = cpu_seconds(pid) - cpu, _answers(pid) - answers
-    outcome.add(f"{operation.name}, wall", side, "µs", seconds / operation.calls * 1e6)
+    per_call = {"answers": round(answers / operation.calls)}
+    outcome.add(f"{operation.name}, wall", side, "µs", seconds / operation.calls * 1e6, per_call)
     outcome.add(f"{operation.name}, daemon CPU", side, "µs", cpu / operation.calls * 1e6)
-    outcome.add(f"{operation.name}, upcalls", side, "", round(answers / operation.calls, 2))
 
 
 def _answers(pid: int) -> int:
@@ -165,6 +168,13 @@ def _getattr(top: Path, calls: int) -> None:
         os.close(file)
 
 
+def _read_each(top: Path, calls: int) -> None:
+    for number in range(calls):
+        file = os.open(f"{top}/file{number}", os.O_RDONLY)
+        os.read(file, 4096)
+        os.close(file)
+
+
 def _open(top: Path, calls: int) -> None:
     file = os.open(top / "hello", os.O_PATH)
     path = f"/proc/self/fd/{file}"
@@ -187,5 +197,7 @@ def profile(settings: Settings) -> Iterator[tuple[str, int, list[ProfiledFunctio
         for number, operation in enumerate(_operations(settings)):
             place = settings.scratch / f"profiled-{number}"
             with own_session(store, root, place, passthrough=bool(engines), profile=True) as session:
+                if operation.work is _read_each:
+                    _lookup(place, operation.calls)
                 operation.work(place, operation.calls)
             yield operation.name, operation.calls, session.profile

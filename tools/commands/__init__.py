@@ -5,6 +5,8 @@ A verb's module has two functions:
     add_arguments(parser)        declare what the verb takes
     run(args, settings) -> int   do it; returns an exit code, raises what `tools.exits` knows
 
+and a text EXAMPLES, a command a line with a comment behind it, which its help ends with.
+
 The tables of verbs say what ``--help`` lists, so that listing them costs no import.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import keyword
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,6 +71,8 @@ class _Verbs(_SubParsersAction):
             verb = importlib.import_module(module)
             add_common(parser)
             verb.add_arguments(parser)
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            parser.epilog = f"examples:\n{textwrap.indent(verb.EXAMPLES.strip(), '  ')}"
             if hasattr(verb, "run"):
                 parser.set_defaults(run=verb.run)
         return parser

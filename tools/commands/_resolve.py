@@ -18,7 +18,8 @@ from tools.commands import complete
 _SYMLINKS_MOST = 40
 """As many as the kernel follows in one path."""
 
-_DIGEST_AND_PATH = re.compile(r"(\w+:[0-9a-fA-F]+/\d+)(?:/(.*))?", re.DOTALL)
+_DIGEST_AND_PATH = re.compile(r"([^/:]*:[^/]*/[^/]*)(?:/(.*))?", re.DOTALL)
+"""Whether it is a right digest is `Digest.parse`'s to say: no manifest's name has a colon."""
 
 
 class MissingPath(NotFound):

@@ -22,6 +22,12 @@ from tools.commands import complete
 from tools.config import Settings
 from tools.output import Progress, print_json, progress
 
+EXAMPLES = """
+casfs add hello.c                     # prints blake3:HEX/SIZE  hello.c
+casfs add --function sha256 src       # a tree; prints the digest of its root
+tar c src | casfs add --stdin --json  # a stream, and the answer for a script
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs add`` takes."""

@@ -16,6 +16,11 @@ from tools.config import Settings
 
 _CHUNK = 1 << 20
 
+EXAMPLES = """
+casfs cat headers/stdio.h
+casfs cat headers/linux/fuse.h | grep FOPEN
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs cat`` takes."""

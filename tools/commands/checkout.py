@@ -13,6 +13,11 @@ from tools.commands._resolve import add_manifest_argument, get_root
 from tools.config import Settings
 from tools.output import count, format_size, print_json, progress
 
+EXAMPLES = """
+casfs checkout headers ./headers             # reflinks where the disk can, else copies
+casfs checkout headers ./h --mode hardlink   # no bytes copied; the files are read-only
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs checkout`` takes."""

@@ -14,6 +14,12 @@ from tools.config import Settings
 
 _SHELLS = ("bash", "zsh", "tcsh")
 
+EXAMPLES = """
+eval "$(casfs completion bash)"                        # in ~/.bashrc
+casfs completion zsh > ~/.zsh/completions/_casfs       # a directory of $fpath
+casfs completion tcsh > ~/.casfs.tcsh                  # then: source ~/.casfs.tcsh
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs completion`` takes."""

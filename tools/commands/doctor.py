@@ -8,7 +8,13 @@ from dataclasses import asdict
 from casfs.doctor import Finding, examine
 from tools.config import Settings
 from tools.exits import Exit
-from tools.output import print_json, print_table
+from tools.output import print_json
+
+EXAMPLES = """
+casfs doctor                          # for the store that would be used
+casfs --store /srv/casfs doctor       # for one on another disk
+casfs doctor --json | jq '.[] | select(.ok | not)'
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +28,15 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     if args.json:
         print_json([asdict(finding) for finding in findings])
     else:
-        print_table([("", "CAPABILITY", "FOUND", "BY")] + [_row(finding) for finding in findings])
-        remedies = [(finding.name, finding.remedy) for finding in findings if finding.remedy and not finding.ok]
-        if remedies:
-            print("\nwhat would help:")
-            print_table([(f"  {name}", remedy) for name, remedy in remedies])
+        _print(findings)
     needed = [finding for finding in findings if finding.name in ("store", "auto")]
     return Exit.OK if all(finding.ok for finding in needed) else Exit.NO
 
 
-def _row(finding: Finding) -> tuple[str, str, str, str]:
-    return ("ok" if finding.ok else "no", finding.name, finding.detail, finding.how)
+def _print(findings: list[Finding]) -> None:
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        print(f"{'ok' if finding.ok else 'no'}  {finding.name:{width}}  {finding.detail}")
+        print(f"{'':{width + 6}}how: {finding.how}")
+        if finding.remedy and not finding.ok:
+            print(f"{'':{width + 6}}to get it: {finding.remedy}")

@@ -11,6 +11,12 @@ from tools.config import Settings
 from tools.exits import Exit
 from tools.output import count, format_duration, format_size, parse_duration, parse_size, print_json, progress, warn
 
+EXAMPLES = """
+casfs gc --high 20GiB --dry-run       # what would go
+casfs gc --high 20GiB --low 15GiB     # if above 20 GiB, down to 15 GiB
+casfs gc --high 1G --grace 0          # also what was used just now
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs gc`` takes."""

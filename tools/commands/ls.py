@@ -20,6 +20,12 @@ from tools.commands._resolve import Found, Root, add_manifest_argument, get_path
 from tools.config import Settings
 from tools.output import print_json, print_table
 
+EXAMPLES = """
+casfs ls headers                      # its top directory
+casfs ls -l headers/linux             # sizes, times and digests
+casfs ls -R -0 headers | xargs -0 -n1 # every path, fit for a script
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs ls`` takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -13,12 +14,26 @@ from tools.commands._resolve import add_manifest_argument, get_root
 from tools.config import Settings
 from tools.output import count, print_json, warn
 
+EXAMPLES = """
+casfs mount headers ./mnt               # returns once ./mnt can be read
+casfs mount -v headers ./mnt            # says why that engine was chosen
+casfs mount --engine fuse headers ./mnt
+casfs mount --foreground headers ./mnt  # until Ctrl-C, or for a service manager
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs mount`` takes."""
     add_manifest_argument(parser)
-    complete(parser.add_argument("directory", metavar="DIR", help="an empty directory to mount on"), "directory")
-    parser.add_argument("--engine", choices=ENGINES, help="how to project (default: the configuration's, else auto)")
+    mountpoint = parser.add_argument("directory", metavar="MOUNTPOINT", help="an empty directory")
+    complete(mountpoint, "directory")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="passthrough: the kernel reads the blobs itself (needs root); fuse: through pyfuse3 (any user); native: "
+        "as passthrough, but reading for the kernel, to compare; auto: the first of these that works here "
+        "(default: the configuration's, else auto)",
+    )
     parser.add_argument(
         "--foreground", action="store_true", help="serve in this process until unmounted or told to end (Ctrl-C)"
     )
@@ -41,7 +56,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         if args.json:
             print_json(
                 {
-                    "mountpoint": args.directory,
+                    "mountpoint": os.path.abspath(args.directory),
                     "engine": report.engine,
                     "why": report.why,
                     "root": str(root.directory.digest),

@@ -13,16 +13,22 @@ from casfs.control import statistics
 from store.blobs import unpack_row
 from store.digest import DigestFunction
 from store.index import Table
-from store.ingest import living_sessions
 from store.repository import Store
+from store.sessions import living_sessions
 from tools.commands import complete
 from tools.config import Settings
 from tools.output import count, format_duration, format_size, print_json, print_table
 
+EXAMPLES = """
+casfs stats                           # what the store holds
+casfs stats ./mnt                     # what a mount has counted
+casfs stats ./mnt --json | jq .upcalls.READ
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs stats`` takes."""
-    mountpoint = parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="without: of the store")
+    mountpoint = parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="of this mount; without: of the store")
     complete(mountpoint, "directory")
     parser.add_argument(
         "--json",

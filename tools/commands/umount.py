@@ -9,10 +9,15 @@ from casfs.mounting import unmount
 from tools.commands import complete
 from tools.config import Settings
 
+EXAMPLES = """
+casfs umount ./mnt
+casfs umount --lazy ./mnt             # even while files are open there
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs umount`` takes."""
-    complete(parser.add_argument("directories", metavar="DIR", nargs="+", help="where it is mounted"), "directory")
+    complete(parser.add_argument("directories", metavar="MOUNTPOINT", nargs="+", help="where it is mounted"), "directory")
     parser.add_argument(
         "--lazy", action="store_true", help="take the name away now, the rest when files still open there are closed"
     )

@@ -12,6 +12,11 @@ from tools.config import Settings
 from tools.exits import Exit
 from tools.output import count, format_size, print_json, progress
 
+EXAMPLES = """
+casfs verify                          # reads and hashes every blob
+casfs verify --rebuild                # and makes the index anew
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs verify`` takes."""

@@ -17,6 +17,12 @@ VERBS: Mapping[str, str] = {
     "remove": "forget manifests; their blobs stay until they are collected",
 }
 
+EXAMPLES = """
+casfs manifest create headers /usr/include
+casfs manifest list
+casfs manifest create --help          # and so on: each has a help of its own
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A verb of its own has to follow."""

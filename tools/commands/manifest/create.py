@@ -21,10 +21,19 @@ from store.repository import Store
 from store.scan import exclude_globs
 from store.trees import Directory
 from tools.commands import complete
+from tools.commands._resolve import get_root
 from tools.commands.add import add_ingest_arguments
 from tools.commands.manifest._describe import describe, print_manifest
 from tools.config import Settings
 from tools.output import print_json, progress
+
+EXAMPLES = """
+casfs manifest create headers /usr/include --exclude 'c++/*' --exclude '*.hpp'
+casfs manifest create sdk /opt/sdk --reference       # the files stay where they are
+casfs manifest create tools --graft include=/usr/include --graft lib/gcc=/usr/lib/gcc
+casfs manifest create inputs --root sha256:HEX/SIZE  # a REAPI Directory in the store
+casfs manifest create src --checklist SHA256SUMS --function sha256 --base ./src
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,8 +115,7 @@ def _check_combination(args: argparse.Namespace) -> None:
 
 def _make_tree(store: Store, args: argparse.Namespace, function: DigestFunction) -> tuple[Directory, str]:
     if args.root is not None:
-        root = Digest.parse(args.root)
-        return store.importer.from_messages(root), "root"
+        return get_root(store, str(Digest.parse(args.root))).directory, "root"
     if args.checklist is not None:
         return _read_checklist(store, args, function), f"checklist {_absolute(args.checklist)}"
     grafts = [(b"", Path(args.directory))] if args.graft is None else [_parse_graft(text) for text in args.graft]

@@ -19,6 +19,11 @@ from tools.config import Settings
 from tools.exits import Exit
 from tools.output import print_json
 
+EXAMPLES = """
+casfs manifest diff before after      # A added, D removed, M changed
+casfs manifest diff before after > /dev/null || echo they differ
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs manifest diff`` takes."""

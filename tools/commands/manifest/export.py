@@ -18,6 +18,11 @@ from tools.commands import complete
 from tools.commands._resolve import add_manifest_argument, get_root
 from tools.config import Settings
 
+EXAMPLES = """
+casfs manifest export headers headers.txt
+casfs manifest export headers | less
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs manifest export`` takes."""

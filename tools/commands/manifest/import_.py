@@ -13,6 +13,11 @@ from tools.commands.manifest.create import add_naming_arguments, check_is_free, 
 from tools.config import Settings
 from tools.output import count, warn
 
+EXAMPLES = """
+casfs manifest import headers headers.txt
+casfs manifest export old | grep -v '/tests/' | casfs manifest import new -
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs manifest import`` takes."""

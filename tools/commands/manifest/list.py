@@ -10,6 +10,11 @@ from tools.commands.manifest._describe import describe, format_time
 from tools.config import Settings
 from tools.output import format_size, print_json, print_table
 
+EXAMPLES = """
+casfs manifest list
+casfs manifest list --json | jq -r '.[].root'
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs manifest list`` takes."""
@@ -20,12 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Print one line for each, by name."""
     with Store.open(settings.store, create=False) as store:
-        found = []
+        manifests = store.manifests.list()
         with store.index.view() as view:
-            for manifest in store.manifests.list():
-                directory = find_directory(view, manifest.root)
-                if directory is not None:
-                    found.append((manifest, directory))
+            directories = [find_directory(view, manifest.root) for manifest in manifests]
+    # One that was removed between the two looks is left out.
+    found = [(m, directory) for m, directory in zip(manifests, directories, strict=True) if directory is not None]
     if args.names:
         for manifest, _ in found:
             print(manifest.name)

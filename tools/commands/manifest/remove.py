@@ -8,6 +8,11 @@ from store.repository import Store
 from tools.commands import complete
 from tools.config import Settings
 
+EXAMPLES = """
+casfs manifest remove headers
+casfs manifest remove before after    # both, or none if one doesn't exist
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs manifest remove`` takes."""

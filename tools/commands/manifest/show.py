@@ -11,6 +11,11 @@ from tools.commands.manifest._describe import describe, print_manifest
 from tools.config import Settings
 from tools.output import print_json
 
+EXAMPLES = """
+casfs manifest show headers
+casfs manifest show headers --json | jq .missing
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs manifest show`` takes."""

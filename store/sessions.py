@@ -1,0 +1,105 @@
+"""Private directories in ``STORE/tmp``, each locked while who made it lives.
+
+A process that is killed leaves its directory behind and the kernel drops its
+lock; the next start of any casfs finds it unlocked and removes it.
+
+A name begins with the time in nanoseconds: collections spare what was used
+since the oldest living session began.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from store.errors import NoSpace, StoreUnusable
+from store.layout import Layout
+
+
+class Session:
+    """A new directory in ``tmp/``, ours until `close`, which removes it with all that is still in it."""
+
+    def __init__(self, layout: Layout) -> None:
+        """Raises NoSpace, or StoreUnusable where nothing can be made there."""
+        with translated(layout, "beginning to add"):
+            self.directory, self._lock = _make_locked(layout.tmp)
+
+    def close(self) -> None:
+        """Remove the directory; harmless when repeated."""
+        if self._lock >= 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _make_locked(tmp: Path) -> tuple[Path, int]:
+    while True:
+        directory = tmp / f"{time.time_ns()}-{secrets.token_hex(4)}"
+        try:
+            os.mkdir(directory, 0o700)
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if not tmp.is_dir():
+                raise StoreUnusable(f"{tmp} is missing: this is not a whole store") from None
+            continue  # a cleaner took the directory before it was locked
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if directory.exists():
+            return directory, lock
+        os.close(lock)
+
+
+def living_sessions(layout: Layout, *, clean: bool) -> list[int]:
+    """When each living session began, in nanoseconds since the epoch.
+
+    With `clean`, what dead ones left behind is removed.
+    """
+    began = []
+    for path in layout.tmp.iterdir():
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if clean:
+                _remove(path)
+        except BlockingIOError:
+            with suppress(ValueError):  # not ours
+                began.append(int(path.name.partition("-")[0]))
+        finally:
+            os.close(lock)
+    return began
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def translated(layout: Layout, doing: str) -> Iterator[None]:
+    """Map what the store's disk says to the store's own errors; `doing` begins the message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(
+                f"{doing}: the disk of {layout.root} is full; make room there, for example with 'casfs gc'"
+            ) from error
+        if error.errno == errno.EROFS:
+            raise StoreUnusable(f"{doing}: {layout.root} is on a read-only file system") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise StoreUnusable(
+                f"{doing}: this user can't write in {layout.root}; choose another with --store"
+            ) from error
+        raise
