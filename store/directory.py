@@ -19,7 +19,9 @@ A by-reference file is a FileNode with no digest and a property named
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from store.digest import Digest, DigestFunction, parse_hash
 from store.entries import (
@@ -30,12 +32,15 @@ from store.entries import (
     Stamp,
     SymlinkEntry,
     check_name,
+    check_stamp,
     check_target,
+    check_time,
     printable,
 )
 from store.errors import BadDigest, BadName, BadTree
 
 _REFERENCE = b"casfs.reference"
+_REFERENCE_VALUE = re.compile(rb"(\d{1,20}):(\d{1,20}):(\d{1,20}):(-?\d{1,20}):(-?\d{1,20}):(/[^\0]*)", re.DOTALL)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 _SHORT = [bytes((n,)) if n < 128 else bytes((n & 127 | 128, n >> 7)) for n in range(1 << 14)]
@@ -127,7 +132,7 @@ def decode_directory(message: bytes, function: DigestFunction) -> list[Entry]:
     except (BadName, BadDigest, ValueError, IndexError) as error:
         raise BadTree(f"not a valid Directory message: {error}") from error
     entries.sort(key=lambda entry: entry.name)
-    for one, other in zip(entries, entries[1:], strict=False):
+    for one, other in pairwise(entries):
         if one.name == other.name:
             raise BadTree(f"not a valid Directory message: {printable(one.name)} is in it twice")
     return entries
@@ -180,15 +185,18 @@ def _decode_properties(payload: bytes) -> tuple[int | None, bytes | None]:
             seconds, nanos = stamp.get(1, 0), stamp.get(2, 0)
             if isinstance(seconds, int) and isinstance(nanos, int):
                 signed = seconds - (1 << 64) if seconds >> 63 else seconds
-                mtime_ns = signed * 1_000_000_000 + nanos
+                mtime_ns = check_time(signed * 1_000_000_000 + nanos)
     return mtime_ns, reference
 
 
 def _decode_reference(value: bytes) -> tuple[bytes, Stamp]:
-    *numbers, path = value.split(b":", 5)
-    if len(numbers) != 5 or not path.startswith(b"/"):
+    match = _REFERENCE_VALUE.fullmatch(value)
+    if match is None:
         raise BadName(f"a reference is device:inode:size:mtime:ctime:/path, not {printable(value[:80])}")
-    return path, Stamp(*map(int, numbers))
+    *numbers, path = match.groups()
+    stamp = Stamp(*map(int, numbers))
+    check_stamp(stamp)
+    return path, stamp
 
 
 def _as_bytes(value: bytes | int) -> bytes:

@@ -88,6 +88,21 @@ def check_target(target: bytes, where: str) -> None:
         raise BadName(f"{where}: a symlink's target has 1 to {PATH_MAX - 1} bytes and no NUL")
 
 
+def check_time(nanoseconds: int) -> int:
+    """The time itself. Raises BadName unless it fits the 64 bits that a time takes in the index."""
+    if not -1 << 63 <= nanoseconds < 1 << 63:
+        raise BadName(f"{nanoseconds} is no time in nanoseconds: it has 64 bits")
+    return nanoseconds
+
+
+def check_stamp(stamp: Stamp) -> None:
+    """Raise BadName unless a kernel could have said so."""
+    if not (0 <= stamp.device < 1 << 64 and 0 <= stamp.inode < 1 << 64 and 0 <= stamp.size < 1 << 63):
+        raise BadName(f"no file has the device, inode and size {stamp[:3]}")
+    check_time(stamp.mtime_ns)
+    check_time(stamp.ctime_ns)
+
+
 def split_path(path: bytes, where: str) -> tuple[bytes, ...]:
     """The components of a relative path. Raises BadName for an absolute, empty or escaping one."""
     if path.startswith(b"/"):

@@ -7,21 +7,29 @@ is spread over the cores; everything else happens in the calling thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from store.blobs import Blobs, unpack_row
 from store.digest import Digest, DigestFunction
 from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, printable
-from store.errors import BadInput, BadManifest, MissingBlob
+from store.errors import BadInput, BadManifest, DigestMismatch, MissingBlob
 from store.index import Index, Table
 from store.ingest import Ingest, Transfer
 from store.layout import Layout
-from store.manifest_text import ChecklistLine, parse_checklist, parse_manifest, path_order
+from store.manifest_text import (
+    ChecklistLine,
+    Item,
+    check_paths,
+    parse_checklist,
+    parse_header,
+    parse_manifest,
+    path_order,
+)
 from store.scan import Excluded, ScannedDirectory, ScannedFile, scan_directory
 from store.treebuilder import TreeBuilder
 from store.trees import Directory
@@ -50,6 +58,11 @@ class ScanOptions:
 
 
 _CHUNK_FILES = 64
+_ROUND_CHUNKS = 64
+_ROUND_BYTES = 1 << 30
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Importer:
@@ -96,10 +109,18 @@ class Importer:
     ) -> Digest:
         order = top.in_postorder()
         files = [(directory.path, file) for directory in order for file in directory.files]
+        digests: Iterator[Digest | None]
         if options.reference:
-            digests: Iterator[Digest | None] = iter([None] * len(files))
+            digests = iter([None] * len(files))
         else:
-            digests = _in_parallel(files, ingest, options, progress)
+
+            digests = _in_parallel(
+                files,
+                ingest,
+                lambda item: _add_one(item[0] + b"/" + item[1].name, ingest, options),
+                lambda item: item[1].stamp.size,
+                lambda done: progress(len(done), sum(digest.size for digest in done)),
+            )
         roots: dict[int, Digest] = {}
         for directory in order:
             entries: list[Entry] = list(directory.symlinks)
@@ -132,25 +153,31 @@ class Importer:
         blob which is here contradicts.
         """
         lines = iter(lines)
-        head = list(islice(lines, 1))
-        items = parse_manifest([*head, *lines], source)
-        ordered = sorted(items, key=lambda item: path_order(item[0]))
-        function = DigestFunction.named(head[0].split()[3])
+        function = parse_header(next(lines, ""), source)
+        items = sorted(parse_manifest(lines, function, source), key=lambda item: path_order(item.path))
+        check_paths(items, source)
+        self._check_sizes(items, source)
         with self._building(function) as (_, builder):
-            self._check_sizes(ordered, source)
-            return builder.finish(_named_source(source, builder, ordered))
+            return builder.finish(builder.add_paths((item.path, item.entry) for item in items))
 
-    def _check_sizes(self, items: Iterable[tuple[bytes, Entry | None]], source: str) -> None:
-        """Raise BadManifest for a digest whose size is not that of the blob that is here."""
+    def _check_sizes(self, items: list[Item], source: str) -> None:
+        """Raise BadManifest for a digest whose size is not that of the blob that is here, or that another line says."""
+        sizes: dict[bytes, int] = {}
         with self._index.view() as view:
-            for path, entry in items:
-                if isinstance(entry, FileEntry) and (value := view.get(Table.BLOBS, entry.digest.key)) is not None:
-                    size = unpack_row(value).size
-                    if size != entry.digest.size:
-                        raise BadManifest(
-                            f"{source}: {printable(path)} has the digest {entry.digest}, "
-                            f"but the blob with that hash has {size} bytes"
-                        )
+            any_blobs = view.count(Table.BLOBS) > 0
+            for _, entry, line in items:
+                if not isinstance(entry, FileEntry):
+                    continue
+                digest = entry.digest
+                known = sizes.get(digest.hash)
+                if known is None:
+                    value = view.get(Table.BLOBS, digest.key) if any_blobs else None
+                    known = sizes[digest.hash] = digest.size if value is None else unpack_row(value).size
+                if known != digest.size:
+                    raise BadManifest(
+                        f"{source}:{line}: digest {digest} has a wrong size: "
+                        f"the blob with that hash has {known} bytes, here or in another line"
+                    )
 
     def from_checklist(
         self, lines: Iterable[bytes], function: DigestFunction, source: str, base: Path | None = None
@@ -165,15 +192,19 @@ class Importer:
         functions = {line.function for line in checklist} or {function}
         if len(functions) > 1:
             raise BadManifest(f"{source}: SHA-256 and BLAKE3 lines in one list")
+        checklist.sort(key=lambda line: path_order(line.path))
+        check_paths((Item(line.path, _LISTED, line.line) for line in checklist), source)
         with self._building(functions.pop()) as (ingest, builder):
-            items: list[tuple[bytes, Entry | None]] = []
-            for line in checklist:
-                entry = self._find_listed(line, source) if base is None else _add_listed(line, base, ingest, source)
-                items.append((line.path, entry))
-                if ingest.is_full:
-                    ingest.flush()
-            items.sort(key=lambda item: path_order(item[0]))
-            return builder.finish(_named_source(source, builder, items))
+            if base is None:
+                entries: Iterable[FileEntry] = (self._find_listed(line, source) for line in checklist)
+            else:
+                root = os.path.realpath(os.fsencode(base))
+                entries = _in_parallel(
+                    checklist, ingest, lambda line: _add_listed(line, root, ingest, source), lambda line: 1
+                )
+            return builder.finish(
+                builder.add_paths((line.path, entry) for line, entry in zip(checklist, entries, strict=True))
+            )
 
     def _find_listed(self, line: ChecklistLine, source: str) -> FileEntry:
         with self._index.view() as view:
@@ -190,21 +221,23 @@ class Importer:
         return FileEntry(line.path.rpartition(b"/")[2], Digest(line.function, line.hash, row.size), row.executable)
 
 
-def _named_source(source: str, builder: TreeBuilder, items: list[tuple[bytes, Entry | None]]) -> Digest:
-    try:
-        return builder.add_paths(items)
-    except BadManifest as error:
-        raise BadManifest(f"{source}: {error}") from error
+_LISTED = FileEntry(b"", Digest(DigestFunction.SHA256, b"", 0), False)
+"""Stands for a file that isn't looked at yet."""
 
 
-def _add_listed(line: ChecklistLine, base: Path, ingest: Ingest, source: str) -> FileEntry:
-    path = os.path.join(os.fsencode(base), line.path)
+def _add_listed(line: ChecklistLine, base: bytes, ingest: Ingest, source: str) -> FileEntry:
+    # The programs that write such lists follow symbolic links, and list what they found behind them.
+    path = os.path.realpath(os.path.join(base, line.path))
     try:
         status = os.stat(path, follow_symlinks=False)
         expected = Digest(line.function, line.hash, status.st_size)
         digest = ingest.add_file(path, line.function, expected=expected)
     except OSError as error:
         raise BadInput(f"{source}:{line.line}: can't read {printable(path)}: {error.strerror}") from error
+    except BadInput as error:
+        raise BadInput(f"{source}:{line.line}: {error}") from error
+    except DigestMismatch as error:
+        raise DigestMismatch(f"{source}:{line.line}: {error}") from error
     return FileEntry(line.path.rpartition(b"/")[2], digest, bool(status.st_mode & 0o100))
 
 
@@ -214,32 +247,45 @@ def _file_entry(directory: bytes, file: ScannedFile, digest: Digest | None, opti
     return FileEntry(file.name, digest, file.executable, file.stamp.mtime_ns if options.keep_mtime else None)
 
 
-def _in_parallel(
-    files: list[tuple[bytes, ScannedFile]], ingest: Ingest, options: ScanOptions, progress: Progress
-) -> Iterator[Digest]:
-    """The files' digests in order, read by a thread a core; flushed whenever enough is pending."""
+def _in_parallel(items: Sequence[T], ingest: Ingest, add: Callable[[T], R], size: Callable[[T], int]) -> Iterator[R]:
+    """What `add` makes of each, in order, by a thread a core; published whenever enough is pending.
 
-    def add(chunk: list[tuple[bytes, ScannedFile]]) -> list[Digest]:
-        return [_add_one(directory + b"/" + file.name, ingest, options) for directory, file in chunk]
+    While a round is made durable, which is waiting for the disk, the next one is read.
+    """
 
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers, "ingest") as pool:
-        position = 0
-        while position < len(files):
-            # A round at a time: nothing may be added while a flush runs.
-            chunks = []
-            size = 0
-            while position < len(files) and len(chunks) < 64 and size < 1 << 30:
-                chunk = files[position : position + _CHUNK_FILES]
-                size += sum(file.stamp.size for _, file in chunk)
-                chunks.append(chunk)
-                position += len(chunk)
-            done: list[Digest] = []
-            for digests in pool.map(add, chunks):
-                progress(len(digests), sum(digest.size for digest in digests))
-                done += digests
-            ingest.flush()
-            yield from done
+    def add_all(chunk: Sequence[T]) -> list[R]:
+        return [add(item) for item in chunk]
+
+    with ThreadPoolExecutor(os.cpu_count() or 1, "ingest") as pool:
+        rounds = _rounds(items, size)
+        running = [pool.submit(add_all, chunk) for chunk in next(rounds, [])]
+        try:
+            while running:
+                done: list[R] = []
+                for future in running:
+                    results = future.result()
+                    finished(results)
+                    done += results
+                running = [pool.submit(add_all, chunk) for chunk in next(rounds, [])]
+                ingest.flush()
+                yield from done
+        finally:
+            # After an error nothing more is worth reading.
+            for future in running:
+                future.cancel()
+
+
+def _rounds(items: Sequence[T], size: Callable[[T], int]) -> Iterator[list[Sequence[T]]]:
+    position = 0
+    while position < len(items):
+        chunks: list[Sequence[T]] = []
+        total = 0
+        while position < len(items) and len(chunks) < _ROUND_CHUNKS and total < _ROUND_BYTES:
+            chunk = items[position : position + _CHUNK_FILES]
+            total += sum(map(size, chunk))
+            chunks.append(chunk)
+            position += len(chunk)
+        yield chunks
 
 
 def _add_one(path: bytes, ingest: Ingest, options: ScanOptions) -> Digest:

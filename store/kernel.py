@@ -1,4 +1,4 @@
-"""The two calls the store needs that Python's `os` doesn't have.
+"""The calls the store needs that Python's `os` doesn't have.
 
 Thin, no state. Raises OSError as `os` would.
 """
@@ -9,8 +9,12 @@ import ctypes
 import errno
 import fcntl
 import os
+import sys
+from contextlib import suppress
 
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602  # linux/fs.h; they take an int all the same
+_FS_TOPDIR_FL = 0x00020000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -19,6 +23,24 @@ def syncfs(descriptor: int) -> None:
     if _libc.syncfs(descriptor) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def spread_directories(directory: str) -> None:
+    """Ask ext4 to give each directory made in this one a part of the disk of its own; elsewhere nothing happens.
+
+    ext4 passes over inodes that were freed in the last minutes, one by one:
+    where much is deleted, making a file beside what was deleted takes twenty
+    times as long as elsewhere (0.5 ms in place of 0.025).
+    """
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            flags = bytearray(8)
+            fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
+            wanted = int.from_bytes(flags[:4], sys.byteorder) | _FS_TOPDIR_FL
+            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, wanted.to_bytes(4, sys.byteorder) + bytes(4))
+        finally:
+            os.close(descriptor)
 
 
 def try_clone(source: int, target: int) -> bool:

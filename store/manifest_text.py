@@ -11,8 +11,8 @@ components, so that two of them can be compared line by line:
     X <stamp> <host path> <path>           the same, executable
     d <path>                               an empty directory
 
-In paths and targets ``%``, control characters and bytes that are not UTF-8 are
-written ``%XX``; everything else stands as it is. A digest is ``<hash>/<size>``
+In paths and targets ``%``, control characters, separators of lines and bytes
+that are not UTF-8 are written ``%XX``; everything else stands as it is. A digest is ``<hash>/<size>``
 of the function in the first line. Lines that begin with ``#`` and empty lines
 mean nothing.
 """
@@ -23,14 +23,17 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from store.digest import Digest, DigestFunction, parse_hash
+from store.digest import Digest, DigestFunction, empty_hash, parse_hash
 from store.entries import (
     Entry,
     FileEntry,
     ReferenceEntry,
     Stamp,
     SymlinkEntry,
+    check_stamp,
     check_target,
+    check_time,
+    printable,
     split_path,
 )
 from store.errors import BadDigest, BadInput, BadManifest
@@ -39,7 +42,18 @@ MAGIC = "casfs manifest"
 VERSION = 1
 
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f%\udc80-\udcff\x85\u2028\u2029]")
+_RAW = re.compile(r"[\x00-\x1f\x7f]|%(?![0-9A-F]{2})")
+"""What no field may have in it: control characters that aren't escaped, and half an escape."""
 _ESCAPED = re.compile(rb"%([0-9A-F]{2})")
+_NUMBER = re.compile(r"-?[0-9]{1,20}")
+
+
+class Item(NamedTuple):
+    """A path, the entry there (None: an empty directory), and the line that says so."""
+
+    path: bytes
+    entry: Entry | None
+    line: int
 
 
 def path_order(path: bytes) -> bytes:
@@ -58,7 +72,9 @@ def quote(raw: bytes) -> str:
 
 
 def unquote(text: str) -> bytes:
-    """The inverse of `quote`."""
+    """The inverse of `quote`. Raises ValueError for what `quote` would have escaped."""
+    if found := _RAW.search(text):
+        raise ValueError(f"{found[0]!r} in {text[:80]!r} has to be written %XX")
     raw = text.encode("utf-8", "surrogateescape")
     return _ESCAPED.sub(lambda match: bytes((int(match[1], 16),)), raw) if b"%" in raw else raw
 
@@ -87,24 +103,43 @@ def _format_mtime(mtime_ns: int | None) -> str:
     return "-" if mtime_ns is None else str(mtime_ns)
 
 
-def parse_manifest(lines: Iterable[str], source: str) -> Iterator[tuple[bytes, Entry | None]]:
-    """The items of a manifest's text, in its order.
+def parse_manifest(lines: Iterable[str], function: DigestFunction, source: str) -> Iterator[Item]:
+    """The items of a manifest's text after its first line, in its order.
 
     `source` names the text in messages. Raises BadManifest with the line's number.
     """
-    numbered = enumerate(lines, 1)
-    function = _parse_header(next(numbered, (1, ""))[1], source)
-    for number, line in numbered:
+    for number, line in enumerate(lines, 2):
         line = line.rstrip("\n")
         if not line or line.startswith("#"):
             continue
         try:
-            yield _parse_line(line, function)
+            yield _parse_line(line, function, number)
         except (BadInput, ValueError) as error:
             raise BadManifest(f"{source}:{number}: {error}") from error
 
 
-def _parse_header(line: str, source: str) -> DigestFunction:
+def check_paths(items: Iterable[Item], source: str) -> None:
+    """Raise BadManifest for a path that is there twice, or is a file and a directory at once.
+
+    The items must be in the order of their paths (`path_order`).
+    """
+    previous: Item | None = None
+    for item in items:
+        if previous is not None:
+            if item.path == previous.path:
+                what = "is there twice"
+            elif previous.entry is not None and item.path.startswith(previous.path + b"/"):
+                what = "is a file and a directory at once"
+            else:
+                previous = item
+                continue
+            first, second = sorted((previous.line, item.line))
+            raise BadManifest(f"{source}:{second}: {printable(previous.path)} {what}; see line {first}")
+        previous = item
+
+
+def parse_header(line: str, source: str) -> DigestFunction:
+    """The digest function that a manifest's first line names. Raises BadManifest."""
     fields = line.split()
     if fields[:2] != MAGIC.split() or len(fields) != 4:
         raise BadManifest(f"{source}:1: a manifest begins with '{MAGIC} {VERSION} blake3', not {line[:60]!r}")
@@ -116,21 +151,22 @@ def _parse_header(line: str, source: str) -> DigestFunction:
         raise BadManifest(f"{source}:1: {error}") from error
 
 
-def _parse_line(line: str, function: DigestFunction) -> tuple[bytes, Entry | None]:
+def _parse_line(line: str, function: DigestFunction, number: int) -> Item:
     kind, *fields = line.split("\t")
     if len(fields) != (1 if kind == "d" else 3) or kind not in _KINDS:
         raise ValueError(f"not a manifest line (kind, fields between tabs): {line[:80]!r}")
     path = unquote(fields[-1])
     name = split_path(path, "manifest")[-1]
-    if kind == "d":
-        return path, None
+    entry: Entry | None = None
     if kind in "fx":
-        return path, FileEntry(name, _parse_digest(fields[0], function), kind == "x", _parse_mtime(fields[1]))
-    if kind == "l":
+        entry = FileEntry(name, _parse_digest(fields[0], function), kind == "x", _parse_mtime(fields[1]))
+    elif kind == "l":
         target = unquote(fields[0])
         check_target(target, "manifest")
-        return path, SymlinkEntry(name, target, _parse_mtime(fields[1]))
-    return path, ReferenceEntry(name, _parse_host_path(fields[1]), _parse_stamp(fields[0]), kind == "X")
+        entry = SymlinkEntry(name, target, _parse_mtime(fields[1]))
+    elif kind != "d":
+        entry = ReferenceEntry(name, _parse_host_path(fields[1]), _parse_stamp(fields[0]), kind == "X")
+    return Item(path, entry, number)
 
 
 _KINDS = frozenset("fxlrXd")
@@ -140,28 +176,29 @@ def _parse_digest(text: str, function: DigestFunction) -> Digest:
     digest = Digest.parse(text if ":" in text else f"{function.label}:{text}")
     if digest.function is not function:
         raise ValueError(f"digest {text} is not of the manifest's function, {function.label}")
+    if (not digest.size) != (digest.hash == empty_hash(function)):
+        raise ValueError(f"digest {text} contradicts itself: 0 bytes have one hash, and no others have it")
     return digest
 
 
 def _parse_mtime(text: str) -> int | None:
-    if text == "-":
-        return None
-    return _check_time(int(text), text)
+    return None if text == "-" else check_time(_parse_number(text))
 
 
-def _check_time(number: int, text: str) -> int:
-    if not -1 << 63 <= number < 1 << 63:
-        raise ValueError(f"a time has 64 bits, in nanoseconds; not {text[:80]!r}")
-    return number
+def _parse_number(text: str) -> int:
+    # int() alone would take underscores, blanks and other scripts' digits.
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{text[:80]!r} is not a number")
+    return int(text)
 
 
 def _parse_stamp(text: str) -> Stamp:
-    numbers = [int(part) for part in text.split(":")]
-    if len(numbers) != 5 or min(numbers[:3]) < 0 or max(numbers[:2]) >= 1 << 64 or numbers[2] >= 1 << 63:
+    numbers = [_parse_number(part) for part in text.split(":")]
+    if len(numbers) != 5:
         raise ValueError(f"a stamp is device:inode:size:mtime:ctime, not {text[:80]!r}")
-    for number in numbers[3:]:
-        _check_time(number, text)
-    return Stamp(*numbers)
+    stamp = Stamp(*numbers)
+    check_stamp(stamp)
+    return stamp
 
 
 def _parse_host_path(text: str) -> bytes:

@@ -32,6 +32,8 @@ from store.errors import BadTree
 from store.index import Change, Table, View
 
 WAYPOINT_EVERY = 64
+MAX_NODES = 1 << 32
+"""More than any tree has, and few enough for all numbers made from node ids to fit their fields."""
 
 _ID = struct.Struct(">Q")
 _ID_OFFSET = struct.Struct(">QQ")
@@ -157,6 +159,9 @@ def _encode_rows(
             references += 1
         rows.append((prefix + entry.name, value))
         offset += span
+    # A few small messages can stand for a tree beyond all bounds: each level the one below, twice.
+    if offset >= MAX_NODES or references >= MAX_NODES or content >= 1 << 63:
+        raise BadTree(f"the tree of directory {digest} is too large: over {MAX_NODES} nodes, or 2^63 bytes")
     return Directory(number, digest, offset + 1, files, content, subdirectories, references)
 
 

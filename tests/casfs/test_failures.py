@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -42,6 +44,17 @@ def forget_row(mounts: Mounts, content: bytes) -> None:
     """As after a crash between publication and the index: the blob's row is not there."""
     with Store.open(mounts.root) as store:
         store.index.update(lambda change: change.delete(Table.BLOBS, DigestFunction.BLAKE3.of(content).key))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, open; closing it may fail: with the fuse engine the daemon is told of it (FLUSH), and may be gone."""
+    file = open(path, "rb", buffering=0)
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 # Contents
@@ -171,14 +184,13 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("used", [False, True], ids=["never opened", "opened before"])
 def test_a_changed_file_by_reference_is_stale_and_named_in_the_log(
-    mounts: Mounts, engine: str, tmp_path: Path, change: object, used: bool
+    mounts: Mounts, engine: str, tmp_path: Path, change: Callable[[Path], None], used: bool
 ) -> None:
     original = tmp_path / "original"
     original.write_bytes(b"original")
     mounted = mounts.mount(mounts.add(tmp_path, ScanOptions(reference=True)), engine)
     if used:
         assert read(mounted.path / "original") == b"original"
-    assert callable(change)
     change(original)
     for _ in range(2):
         assert errno_from(lambda: read(mounted.path / "original")) == errno.ESTALE
@@ -204,6 +216,10 @@ def test_a_file_by_reference_on_another_volume_is_served(mounts: Mounts, engine:
 # Daemons that end
 
 
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+"""From a mount whose daemon is gone; the second from what was asked as it went."""
+
+
 def kill(mounted: Mounted) -> None:
     os.kill(mounted.pid, signal.SIGKILL)
     wait_until(lambda: not mounting._is_running(mounted.pid), "the daemon to die")
@@ -211,8 +227,8 @@ def kill(mounted: Mounted) -> None:
 
 def test_after_a_kill_no_client_hangs_and_unmount_clears_the_place(mounted: Mounted) -> None:
     kill(mounted)
-    for attempt in (os.listdir, os.stat, lambda path: read(path / "other")):
-        assert errno_from(lambda attempt=attempt: attempt(mounted.path)) == errno.ENOTCONN  # type: ignore[misc]
+    assert errno_from(lambda: os.listdir(mounted.path)) in DEAD
+    assert errno_from(lambda: read(mounted.path / "other")) in DEAD
     mounting.unmount(mounted.path)
     assert find_mount(str(mounted.path)) is None
     assert os.listdir(mounted.path) == []
@@ -228,7 +244,7 @@ def test_after_a_kill_the_next_mount_clears_the_place(mounted: Mounted, mounts: 
 
 
 def test_after_a_kill_with_files_open_unmount_says_busy_and_lazy_helps(mounted: Mounted) -> None:
-    with open(mounted.path / "other", "rb", buffering=0):
+    with opened(mounted.path / "other"):
         kill(mounted)
         with pytest.raises(Busy, match="--lazy"):
             mounting.unmount(mounted.path)
@@ -244,7 +260,7 @@ def test_what_is_open_in_passthrough_outlives_the_daemon(mounts: Mounts) -> None
         assert file.read() == CONTENT
         with mapped:
             assert mapped[:] == CONTENT
-        assert errno_from(lambda: read(mounted.path / "other")) == errno.ENOTCONN
+        assert errno_from(lambda: read(mounted.path / "other")) in DEAD
 
 
 READER = """
@@ -276,7 +292,7 @@ def test_a_client_that_waits_for_a_daemon_gets_an_error_when_it_is_killed(mounte
             out, _ = client.communicate(timeout=10)
         finally:
             client.kill()
-    assert int(out) in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
+    assert int(out) in DEAD
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -289,7 +305,7 @@ def test_a_daemon_told_to_end_unmounts(mounted: Mounted, mounts: Mounts, number:
 
 
 def test_a_daemon_told_to_end_serves_open_files_for_a_while_and_then_ends(mounted: Mounted) -> None:
-    with open(mounted.path / "directory" / "file", "rb", buffering=0) as file:
+    with opened(mounted.path / "directory" / "file") as file:
         assert file.read(5) == CONTENT[:5]
         os.kill(mounted.pid, signal.SIGTERM)
         wait_until(lambda: find_mount(str(mounted.path)) is None, "the name to be gone")

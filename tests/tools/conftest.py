@@ -70,6 +70,11 @@ class Casfs:
             "PYTHONPATH": str(REPOSITORY),
         }
 
+    def within(self, namespace: Namespace) -> Casfs:
+        """The same command, run where that namespace's mounts are seen."""
+        # Entering a mount namespace loses the working directory.
+        return Casfs(self.directory, (*namespace.prefix, "env", "-C", str(self.directory)))
+
     @property
     def command(self) -> list[str]:
         """The words that start it."""

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from tools.bench import report
+from tools.bench import picture, report
 from tools.bench.machine import describe
 from tools.bench.measuring import Settings
 from tools.bench.running import run_apart
 from tools.bench.scenarios import MODULES, load
 from tools.bench.scratch import ending_on_signals, scratch_directory
 
-_MARKDOWN, _JSON = Path("BENCHMARKS.md"), Path("benchmarks.json")
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_MARKDOWN, _JSON, _PICTURE = "BENCHMARKS.md", "benchmarks.json", "benchmarks.svg"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,17 +47,28 @@ def main(arguments: list[str] | None = None) -> int:
                 results[name] = (load(name).about, outcome)
     command = _command(options)
     text = report.as_markdown(machine, command, results)
-    value = json.dumps(report.as_json(machine, command, results), indent=1, ensure_ascii=False) + "\n"
-    if options.write:
-        _MARKDOWN.write_text(text)
-        _JSON.write_text(value)
+    value = report.as_json(machine, command, results)
+    if options.write and not failed:
+        _write(options.output, text, value)
     else:
         print(text, end="")
     if options.json:
-        options.json.write_text(value)
+        options.json.write_text(_dump(value))
     if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}" + ("; nothing was written" * options.write), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _write(directory: Path, text: str, value: dict[str, Any]) -> None:
+    (directory / _MARKDOWN).write_text(text)
+    (directory / _JSON).write_text(_dump(value))
+    drawn = picture.as_svg(value)
+    if drawn is not None:
+        (directory / _PICTURE).write_text(drawn)
+
+
+def _dump(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,7 +81,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where to make stores (default: temporary files)")
     parser.add_argument(
-        "--write", action="store_true", help=f"write {_MARKDOWN} and {_JSON} here in place of printing the tables"
+        "--write",
+        action="store_true",
+        help=f"write {_MARKDOWN}, {_JSON} and {_PICTURE} in place of printing the tables; with all scenarios",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default=_REPOSITORY, help="where --write writes (default: the repository)"
     )
     parser.add_argument(
         "--profile", action="store_true", help="profile the native session's loop per upcall, and nothing else"
@@ -77,6 +95,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.scenario if name not in MODULES]
     if unknown:
         parser.error(f"there is no scenario {unknown[0]!r}: choose from {', '.join(MODULES)}")
+    if options.write and options.scenario:
+        # The files say "one run", and would lose the other scenarios.
+        parser.error("--write takes all scenarios; --json FILE writes a part")
     if options.repeat is not None and options.repeat < 1:
         parser.error("--repeat takes a number from 1 on")
     return options
@@ -94,12 +115,15 @@ def _command(options: argparse.Namespace) -> str:
 def _profile(scratch: Path, *, quick: bool) -> int:
     from tools.bench.upcalls import profile
 
-    for name, calls, functions in profile(Settings(scratch, quick)):
-        print(report.profile_as_text(name, calls, functions), end="\n\n")
+    # All of them before anything is printed: whoever reads may stop early (head), and that ends the program.
+    for text in [report.profile_as_text(*profiled) for profiled in profile(Settings(scratch, quick))]:
+        print(text, end="\n\n")
     return 0
 
 
 if __name__ == "__main__":
-    # Where the output goes to a program that stops reading (head), that is no error.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:
+        # Not SIGPIPE's default: the daemons would inherit it. The interpreter's own flush must find no pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

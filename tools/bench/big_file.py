@@ -96,7 +96,7 @@ def _read(path: Path) -> None:
 
 
 def _search_mapping(path: Path) -> None:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+    with open(path, "rb", buffering=0) as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
         if mapping.find(_ABSENT) >= 0:
             raise RuntimeError("the file has a byte that was not written")
 

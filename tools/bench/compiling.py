@@ -8,6 +8,7 @@ headers and does nothing else. Upcalls and daemon CPU are of one run.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tools.bench.measuring import Outcome, Settings, alternate
@@ -32,7 +33,7 @@ def run(settings: Settings) -> Outcome:
         tree = ingest(store, grafts, "headers")
     outcome.notes.append(
         f"the tree: {tree.files:,} files of the compiler and its headers, {tree.bytes / 1e6:.0f} MB, "
-        f"of which the program includes {len(warmed.headers)}"
+        f"of which the program includes {len(set(map(os.path.realpath, warmed.headers)))}"
     )
     engines, reasons = usable_engines(settings.scratch, _ENGINES)
     outcome.notes += reasons

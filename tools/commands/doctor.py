@@ -13,7 +13,7 @@ from tools.output import print_json
 EXAMPLES = """
 casfs doctor                          # for the store that would be used
 casfs --store /srv/casfs doctor       # for one on another disk
-casfs doctor --json | jq '.[] | select(.ok | not)'
+casfs doctor --json > doctor.json     # to send along with a report
 """
 
 
