@@ -256,7 +256,7 @@ class Blobs:
             self._index.update(work)
 
     def make_durable(self, descriptor: int, digest: Digest) -> None:
-        """Before a row says that a file which was just found is durable: it and its name may be the page cache's only."""
+        """What was just found, and its name, may be only in the page cache: before a row says otherwise."""
         os.fsync(descriptor)
         shard = os.open(os.path.dirname(blob_path(digest)), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
         try:

@@ -70,11 +70,14 @@ class DirectoryEntry(NamedTuple):
 Entry = FileEntry | ReferenceEntry | SymlinkEntry | DirectoryEntry
 
 
+_DOTS = (b".", b"..")
+
+
 def check_name(name: bytes, where: str) -> None:
     """Raise BadName unless `name` can be one component of a path; `where` says whose it is."""
     if not name:
         raise BadName(f"{where}: an empty name")
-    if name in (b".", b".."):
+    if name in _DOTS:
         raise BadName(f"{where}: the name {os.fsdecode(name)!r} can't be an entry")
     if b"/" in name or b"\0" in name:
         raise BadName(f"{where}: the name {printable(name)} has a slash or a NUL byte in it")
@@ -109,7 +112,9 @@ def split_path(path: bytes, where: str) -> tuple[bytes, ...]:
         raise BadName(f"{where}: the path {printable(path)} is absolute; paths are relative to the root")
     components = tuple(path.split(b"/"))
     for component in components:
-        check_name(component, f"{where}: path {printable(path[:200])}")
+        # Only of a wrong one is it worth making the text that says where it stands.
+        if not component or component in _DOTS or len(component) > NAME_MAX or b"\0" in component:
+            check_name(component, f"{where}: path {printable(path[:200])}")
     return components
 
 

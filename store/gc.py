@@ -5,6 +5,7 @@ manifest or a living lease reaches, what was used within the grace period, and
 what was used since the oldest living ingest session began (that session may be
 about to name it). Of the rest the least recently used go first. "Used" is the
 later of the index's time and the file's mtime, which Bazel touches on a hit.
+Files without a row (Bazel's, or left by a crash) count and go like the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from store.blobs import Blobs, count_removal, unpack_row
+from store.blobs import BlobRow, Blobs, count_removal, unpack_row
 from store.digest import Digest
 from store.entries import DirectoryEntry, FileEntry
 from store.index import Change, Index, Table, View
@@ -71,8 +72,7 @@ class Collector:
 
         `grace` is in seconds. `progress` is told the bytes of each batch removed.
         """
-        with self._index.view() as view:
-            rows = [(unpack_row(value), key) for key, value in view.scan(Table.BLOBS)]
+        rows = self._list()
         total = sum(row.size for row, _ in rows)
         if total <= high:
             return Collected(len(rows), total, 0, 0, 0)
@@ -80,7 +80,9 @@ class Collector:
         marked = self._mark()
         held = sum(row.size for row, key in rows if key in marked.keys)
         heap = [
-            _Candidate(row.used, key, row.size) for row, key in rows if key not in marked.keys and row.used < cutoff
+            _Candidate(row.used, key, row.size)
+            for row, key in rows
+            if key not in marked.keys and row.used < cutoff and row.size
         ]
         heapq.heapify(heap)
         removed: set[bytes] = set()
@@ -95,6 +97,18 @@ class Collector:
         if removed and not dry_run:
             self._forget(removed, marked)
         return Collected(len(rows), total, len(removed), removed_bytes, held)
+
+    def _list(self) -> list[tuple[BlobRow, bytes]]:
+        """What the index remembers of each blob, or would, by digest key."""
+        with self._index.view() as view:
+            rows = {key: unpack_row(value) for key, value in view.scan(Table.BLOBS)}
+        for function, hash_, entry in self._blobs.files():
+            key = Digest(function, hash_, 0).key
+            if key not in rows:
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    rows[key] = BlobRow(status.st_size, int(status.st_mtime), False)
+        return [(row, key) for key, row in rows.items()]
 
     def _cutoff(self, grace: int) -> int:
         """Blobs used at this second or later stay."""
@@ -144,7 +158,8 @@ class Collector:
             gone = []
             for candidate in batch:
                 value = change.get(Table.BLOBS, candidate.key)
-                if value is None or candidate.key in marked.keys or unpack_row(value).used >= cutoff:
+                used = self._touched_at(candidate.key) if value is None else unpack_row(value).used
+                if candidate.key in marked.keys or used >= cutoff:
                     continue
                 change.delete(Table.BLOBS, candidate.key)
                 gone.append(candidate)

@@ -109,11 +109,8 @@ class Importer:
     ) -> Digest:
         order = top.in_postorder()
         files = [(directory.path, file) for directory in order for file in directory.files]
-        digests: Iterator[Digest | None]
-        if options.reference:
-            digests = iter([None] * len(files))
-        else:
-
+        digests: Iterator[Digest] | None = None
+        if not options.reference:
             digests = _in_parallel(
                 files,
                 ingest,
@@ -124,8 +121,8 @@ class Importer:
         roots: dict[int, Digest] = {}
         for directory in order:
             entries: list[Entry] = list(directory.symlinks)
-            for file, digest in zip(directory.files, digests if directory.files else (), strict=False):
-                entries.append(_file_entry(directory.path, file, digest, options))
+            for file in directory.files:
+                entries.append(_file_entry(directory.path, file, next(digests) if digests else None, options))
             entries.extend(DirectoryEntry(child.name, roots.pop(id(child))) for child in directory.directories)
             roots[id(directory)] = builder.add_directory(entries)
         return roots[id(top)]
@@ -200,7 +197,7 @@ class Importer:
             else:
                 root = os.path.realpath(os.fsencode(base))
                 entries = _in_parallel(
-                    checklist, ingest, lambda line: _add_listed(line, root, ingest, source), lambda line: 1
+                    checklist, ingest, lambda line: _add_listed(line, root, ingest, source), lambda line: 0
                 )
             return builder.finish(
                 builder.add_paths((line.path, entry) for line, entry in zip(checklist, entries, strict=True))
@@ -247,10 +244,18 @@ def _file_entry(directory: bytes, file: ScannedFile, digest: Digest | None, opti
     return FileEntry(file.name, digest, file.executable, file.stamp.mtime_ns if options.keep_mtime else None)
 
 
-def _in_parallel(items: Sequence[T], ingest: Ingest, add: Callable[[T], R], size: Callable[[T], int]) -> Iterator[R]:
+def _in_parallel(
+    items: Sequence[T],
+    ingest: Ingest,
+    add: Callable[[T], R],
+    size: Callable[[T], int],
+    finished: Callable[[list[R]], None] = lambda done: None,
+) -> Iterator[R]:
     """What `add` makes of each, in order, by a thread a core; published whenever enough is pending.
 
-    While a round is made durable, which is waiting for the disk, the next one is read.
+    While a round is made durable, which is waiting for the disk, the next one
+    is read. `size` is an item's in bytes; `finished` is told the results of a
+    chunk, in the calling thread.
     """
 
     def add_all(chunk: Sequence[T]) -> list[R]:

@@ -367,7 +367,7 @@ class Ingest:
             kernel.syncfs(self._blobs.directory)
         else:
             for directory in directories.difference(self._layout.root.parents):
-                _fsync(directory)
+                kernel.fsync_path(directory)
 
     def _remember(self, batch: _Batch, fresh: list[_Pending]) -> list[bytes]:
         """Give what was published its rows; returns the keys of what was seen and is gone."""
@@ -411,7 +411,7 @@ def _make_ready(item: _Pending, *, sync: bool) -> None:
     """The last that is done to a file before its publication: its mode, and making it durable."""
     os.chmod(item.path, MODE_EXECUTABLE if item.executable else MODE)
     if sync:
-        _fsync(item.path)
+        kernel.fsync_path(item.path)
 
 
 def _link(source: int, name: str | bytes | Path, path: str) -> int:
@@ -457,11 +457,3 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _discard(path: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path)
-
-
-def _fsync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ import fcntl
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602  # linux/fs.h; they take an int all the same
@@ -23,6 +24,15 @@ def syncfs(descriptor: int) -> None:
     if _libc.syncfs(descriptor) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def fsync_path(path: str | Path) -> None:
+    """Make a file's content, or a directory's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def spread_directories(directory: str) -> None:

@@ -15,11 +15,13 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from store.digest import Digest
 from store.index import Change, Index, Table, View
 from store.layout import Layout
+from store.sessions import translated
 
 
 class LeaseInfo(NamedTuple):
@@ -63,14 +65,47 @@ class Leases:
 
     def acquire(self, kind: str, roots: Iterable[Digest], holder: str) -> Lease:
         """Pin the trees below `roots`. `kind` and `holder` tell a person who does."""
-        info = LeaseInfo(secrets.token_hex(8), kind, tuple(roots), holder, int(time.time()))
-        lock = os.open(self._layout.leases / info.id, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with translated(self._layout, f"taking a lease for {holder}"):
+            lease_id, lock = self._make_locked()
+        info = LeaseInfo(lease_id, kind, tuple(roots), holder, int(time.time()))
         value = json.dumps(
             {"kind": kind, "roots": [str(d) for d in info.roots], "holder": holder, "since": info.since}
         ).encode()
-        self._index.update(lambda change: change.put(Table.LEASES, info.id.encode(), value))
+        try:
+            self._index.update(lambda change: change.put(Table.LEASES, info.id.encode(), value))
+        except BaseException:
+            (self._layout.leases / lease_id).unlink(missing_ok=True)
+            os.close(lock)
+            raise
         return Lease(self._index, self._layout, info, lock)
+
+    def _make_locked(self) -> tuple[str, int]:
+        while True:
+            lease_id = secrets.token_hex(8)
+            path = self._layout.leases / lease_id
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return lease_id, lock
+            os.close(lock)  # a cleaner took the file before it was locked
+
+    def clean(self) -> None:
+        """Remove lock files that a kill left without a lease."""
+        with self._index.view() as view:
+            known = {lease.id for lease in _all(view)}
+        for name in os.listdir(self._layout.leases):
+            if name not in known:
+                self._remove_unless_held(name)
+
+    def _remove_unless_held(self, name: str) -> None:
+        path = self._layout.leases / name
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(lock)
 
     def living(self) -> list[LeaseInfo]:
         """The leases whose holders live; the others are cleared away."""
@@ -93,6 +128,8 @@ class Leases:
             lock = os.open(self._layout.leases / lease_id, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
+        except OSError:
+            return True  # another user's, most likely: who can't tell lets it live
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -45,6 +45,7 @@ _UNSAFE = re.compile(r"[\x00-\x1f\x7f%\udc80-\udcff\x85\u2028\u2029]")
 _RAW = re.compile(r"[\x00-\x1f\x7f]|%(?![0-9A-F]{2})")
 """What no field may have in it: control characters that aren't escaped, and half an escape."""
 _ESCAPED = re.compile(rb"%([0-9A-F]{2})")
+_DIGEST = re.compile(r"([0-9a-f]{64})/([0-9]{1,18})")
 _NUMBER = re.compile(r"-?[0-9]{1,20}")
 
 
@@ -173,7 +174,11 @@ _KINDS = frozenset("fxlrXd")
 
 
 def _parse_digest(text: str, function: DigestFunction) -> Digest:
-    digest = Digest.parse(text if ":" in text else f"{function.label}:{text}")
+    if match := _DIGEST.fullmatch(text):
+        digest = Digest(function, bytes.fromhex(match[1]), int(match[2]))
+    else:
+        # Another function, or wrong: this one says what about it.
+        digest = Digest.parse(text if ":" in text else f"{function.label}:{text}")
     if digest.function is not function:
         raise ValueError(f"digest {text} is not of the manifest's function, {function.label}")
     if (not digest.size) != (digest.hash == empty_hash(function)):

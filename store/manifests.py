@@ -16,14 +16,18 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
-from store.blobs import Blobs, removals
+from store import kernel
+from store.blobs import Blobs, is_known, removals
 from store.digest import Digest
 from store.entries import FileEntry
-from store.errors import AlreadyExists, BadName, MissingManifest
+from store.errors import AlreadyExists, BadInput, BadName, MissingManifest, StoreError
 from store.index import Change, Index, Table, View
 from store.layout import Layout
+from store.sessions import Session, translated
 from store.trees import Directory, find_directory, walk_directories
 
 _NAME = re.compile(r"[A-Za-z0-9_+@][A-Za-z0-9._+@-]{0,199}")
@@ -112,17 +116,37 @@ class Manifests:
             self._mirror(manifest)
             change.put(Table.MANIFESTS, name.encode(), _pack(manifest))
 
-        self._index.update(work)
+        try:
+            self._index.update(work)
+        except StoreError:
+            self._mirror_again(name)
+            raise
         return manifest
 
     def _mirror(self, manifest: Manifest) -> None:
-        final = self._layout.manifests / f"{manifest.name}.json"
-        partial = final.with_name(f".{final.name}.{os.getpid()}")
-        with open(partial, "wb") as out:
-            out.write(_pack(manifest))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, final)
+        """Write the manifest's file, which appears at once and durably."""
+        with translated(self._layout, f"writing manifest {manifest.name!r}"):
+            session = Session(self._layout)
+            try:
+                partial = session.directory / "manifest"
+                partial.write_bytes(_pack(manifest))
+                kernel.fsync_path(partial)
+                os.replace(partial, self._path(manifest.name))
+                kernel.fsync_path(self._layout.manifests)
+            finally:
+                session.close()
+
+    def _mirror_again(self, name: str) -> None:
+        """After a change that failed: the file says again what the index says."""
+        with suppress(OSError, StoreError):
+            manifest = self.find(name)
+            if manifest is None:
+                self._path(name).unlink(missing_ok=True)
+            else:
+                self._mirror(manifest)
+
+    def _path(self, name: str) -> Path:
+        return self._layout.manifests / f"{name}.json"
 
     def remove(self, name: str) -> Manifest:
         """Forget a name; its blobs stay until they are collected. Raises MissingManifest."""
@@ -130,15 +154,31 @@ class Manifests:
 
         def work(change: Change) -> None:
             change.delete(Table.MANIFESTS, name.encode())
-            (self._layout.manifests / f"{name}.json").unlink(missing_ok=True)
+            # First the file: the other way round a kill would leave a name that comes back when the index is rebuilt.
+            self._path(name).unlink(missing_ok=True)
 
-        self._index.update(work)
+        try:
+            self._index.update(work)
+        except StoreError:
+            self._mirror_again(name)
+            raise
         return manifest
 
-    def mirrored(self) -> Iterator[Manifest]:
-        """What the files say, for rebuilding the index."""
+    def mirrored(self) -> Iterator[tuple[str, Manifest | None]]:
+        """What the files say, by name, for rebuilding the index; None for one that can't be read."""
         for path in sorted(self._layout.manifests.glob("*.json")):
-            yield _unpack(path.name.removesuffix(".json"), path.read_bytes())
+            name = path.name.removesuffix(".json")
+            try:
+                check_manifest_name(name)
+                yield name, _unpack(name, path.read_bytes())
+            except (OSError, ValueError, TypeError, KeyError, BadInput):
+                yield name, None
+
+    def mirror_missing(self) -> None:
+        """Write the files of those that have none."""
+        for manifest in self.list():
+            if not self._path(manifest.name).exists():
+                self._mirror(manifest)
 
     def count_missing(self, root: Digest, name: str | None = None) -> int:
         """How many of a tree's blobs are not in the store.
@@ -167,7 +207,7 @@ class Manifests:
         missing = 0
         with self._index.view() as view:
             for digest in tree_blobs(view, directory):
-                if (look or view.get(Table.BLOBS, digest.key) is None) and not self._blobs.has_file(digest):
+                if (look or not is_known(view, digest)) and not self._blobs.has_file(digest):
                     missing += 1
         return missing
 

@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from store import kernel
 from store.blobs import Blobs
 from store.errors import NewerFormat, StoreUnusable
 from store.gc import Collector
@@ -48,8 +49,16 @@ class Store:
         """
         layout = Layout(root.absolute())
         _check_directory(layout, create)
-        store = cls(layout, Index(layout.index))
-        living_sessions(layout, clean=True)
+        index = Index(layout.index)
+        try:
+            store = cls(layout, index)
+            living_sessions(layout, clean=True)
+            store.leases.clean()
+        except BaseException as error:
+            index.close()
+            if isinstance(error, OSError):
+                raise StoreUnusable(f"can't use the store in {layout.root}: {error}") from error
+            raise
         return store
 
     def ingest(self) -> Ingest:
@@ -71,7 +80,7 @@ class Store:
 def _check_directory(layout: Layout, create: bool) -> None:
     marker = layout.marker
     try:
-        text = marker.read_text()
+        text = marker.read_bytes()
     except FileNotFoundError:
         if not create:
             raise StoreUnusable(
@@ -82,28 +91,45 @@ def _check_directory(layout: Layout, create: bool) -> None:
         return
     except OSError as error:
         raise StoreUnusable(f"can't read the store in {layout.root}: {error.strerror}") from error
-    match = re.fullmatch(r"casfs store (\d+)\n", text)
+    match = re.fullmatch(rb"casfs store (\d{1,9})\n", text)
     if match is None:
         raise StoreUnusable(f"{marker} doesn't say 'casfs store {FORMAT}': is {layout.root} a store?")
     if int(match[1]) > FORMAT:
         raise NewerFormat(
-            f"the store in {layout.root} has format {match[1]}, this casfs knows {FORMAT}: use the newer casfs"
+            f"the store in {layout.root} has format {int(match[1])}, this casfs knows {FORMAT}: use the newer casfs"
         )
-    if not os.access(layout.tmp, os.W_OK) or not os.access(layout.index, os.W_OK):
-        raise StoreUnusable(f"the store in {layout.root} can't be written by this user; choose another with --store")
+    for directory in layout.directories():
+        if not directory.is_dir():
+            raise StoreUnusable(
+                f"the store in {layout.root} is not whole: {directory} is missing; make it again, empty"
+            )
+        if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+            raise StoreUnusable(
+                f"the store in {layout.root} can't be written by this user; choose another with --store"
+            )
 
 
 def _make_directory(layout: Layout, marker: Path) -> None:
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
-        strangers = {entry.name for entry in os.scandir(layout.root)} - {d.name for d in layout.directories()}
-        if {name for name in strangers if not name.startswith(layout.marker.name)}:
+        expected = {directory.name for directory in layout.directories()}
+        if any(entry.name not in expected for entry in os.scandir(layout.root)) and not marker.exists():
             raise StoreUnusable(f"{layout.root} is not empty and no store: choose an empty or new directory")
         for directory in layout.directories():
             directory.mkdir(exist_ok=True)
+        kernel.spread_directories(str(layout.tmp))
         # Last and at once: a store is whole when it has its marker.
-        partial = marker.with_name(f"{marker.name}.{os.getpid()}")
-        partial.write_text(f"casfs store {FORMAT}\n")
-        os.replace(partial, marker)
+        partial = layout.tmp / f"format-{os.getpid()}"
+        with open(partial, "wb") as out:
+            out.write(b"casfs store %d\n" % FORMAT)
+            out.flush()
+            os.fsync(out.fileno())
+        try:
+            os.replace(partial, marker)
+        except FileNotFoundError:
+            if not marker.exists():  # else another process made the store just now, and cleaned up in tmp
+                raise
+        for directory in (layout.root, layout.root.parent):
+            kernel.fsync_path(directory)
     except OSError as error:
         raise StoreUnusable(f"can't make a store in {layout.root}: {error.strerror}") from error

@@ -8,16 +8,19 @@ rebuilding may not: mounts look things up by the ids of interned directories.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
-from store.blobs import BlobRow, Blobs, count_removal, pack_row
+from store.blobs import BlobRow, Blobs, count_removal, is_known, pack_row, protect
 from store.digest import Digest, DigestFunction
-from store.errors import BadTree, NotFound, StoreUnusable
+from store.errors import BadTree, CorruptBlob, NotFound, StoreUnusable
 from store.hashing import hash_descriptor
 from store.importing import Importer
 from store.index import Change, Index, Table
@@ -54,6 +57,18 @@ Progress = Callable[[int, int], None]
 """Told how many blobs and bytes have just been hashed."""
 
 
+class _Checked(NamedTuple):
+    """A file that was looked at: its name and size, its state, and what its bytes are (None: it is no file)."""
+
+    named: Digest
+    status: os.stat_result | None
+    found: Digest | None
+
+    @property
+    def is_right(self) -> bool:
+        return self.found == self.named
+
+
 class Verifier:
     """Verifies one store."""
 
@@ -75,61 +90,72 @@ class Verifier:
         with ThreadPoolExecutor(os.cpu_count() or 1, "verify") as pool:
             files = self._files()
             while batch := list(islice(files, _BATCH)):
-                checked = list(pool.map(self._check, batch))
-                self._settle(batch, checked, result)
-                progress(len(batch), sum(digest.size for digest, _ in batch))
+                checked = [item for item in pool.map(self._check, batch) if item is not None]
+                self._settle(checked, result)
+                progress(len(checked), sum(item.named.size for item in checked))
         self._drop_lost(result)
         self._check_manifests(result)
         return result
 
-    def _files(self) -> Iterator[tuple[Digest, bool]]:
-        for function, hash_, entry in self._blobs.files():
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            yield Digest(function, hash_, status.st_size), bool(status.st_mode & 0o100)
+    def _files(self) -> Iterator[tuple[DigestFunction, bytes]]:
+        for function, hash_, _ in self._blobs.files():
+            yield function, hash_
 
-    def _check(self, item: tuple[Digest, bool]) -> Digest | None:
-        """What the file's digest is, or None where it can't be read or is gone."""
-        digest, _ = item
+    def _check(self, name: tuple[DigestFunction, bytes]) -> _Checked | None:
+        """Hash a file; None where it is gone meanwhile."""
+        named = Digest(*name, 0)
         try:
             descriptor = os.open(
-                blob_path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._blobs.directory
+                blob_path(named),
+                os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK,
+                dir_fd=self._blobs.directory,
             )
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise StoreUnusable(f"can't read blob {named.function.label}:{named.hex}: {error.strerror}") from error
+            return _Checked(named, None, None)
         try:
-            found = hash_descriptor(descriptor, digest.function)
-            os.fsync(descriptor)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return _Checked(named, status, None)
+            protect(descriptor, status)
+            found = hash_descriptor(descriptor, named.function)
+            with self._index.view() as view:
+                known = is_known(view, found)
+            if found.hash == named.hash and not known:
+                self._blobs.make_durable(descriptor, found)
         finally:
             os.close(descriptor)
-        return found
+        return _Checked(Digest(*name, found.size), status, found)
 
-    def _settle(self, batch: list[tuple[Digest, bool]], checked: list[Digest | None], result: Verified) -> None:
-        right = [item for item, found in zip(batch, checked, strict=True) if found == item[0]]
+    def _settle(self, checked: list[_Checked], result: Verified) -> None:
+        right = [(item.found, item.status) for item in checked if item.found and item.status and item.is_right]
         now = int(time.time())
 
         def work(change: Change) -> int:
             adopted = 0
-            for digest, executable in right:
-                if change.get(Table.BLOBS, digest.key) is None and self._blobs.has_file(digest):
-                    change.put(Table.BLOBS, digest.key, pack_row(BlobRow(digest.size, now, executable)))
+            for digest, status in right:
+                if not is_known(change, digest) and self._blobs.is_same_file(digest, status):
+                    row = BlobRow(digest.size, now, bool(status.st_mode & 0o100))
+                    change.put(Table.BLOBS, digest.key, pack_row(row))
                     adopted += 1
             return adopted
 
         with self._blobs.publishing():
             result.adopted += self._index.update(work)
-        for (digest, _), found in zip(batch, checked, strict=True):
-            if found is not None and found != digest:
-                self._blobs.quarantine(digest)
-                result.quarantined.append(str(digest))
+        for item in checked:
+            if not item.is_right:
+                self._blobs.quarantine(item.named, item.status)
+                result.quarantined.append(str(item.named))
         result.blobs += len(right)
         result.bytes += sum(digest.size for digest, _ in right)
 
     def _drop_lost(self, result: Verified) -> None:
         with self._index.view() as view:
             keys = [key for key, _ in view.scan(Table.BLOBS)]
+        # The empty blob is never lost: it is made again.
         lost = [key for key in keys if self._size_of(key) is None]
 
         def work(change: Change) -> None:
@@ -147,18 +173,23 @@ class Verifier:
         return self._blobs.size_on_disk(DigestFunction(key[0]), key[1:])
 
     def _check_manifests(self, result: Verified) -> None:
-        known = {manifest.name for manifest in self._manifests.list()}
-        for manifest in self._manifests.mirrored():
+        self._manifests.mirror_missing()
+        known = {manifest.name: manifest for manifest in self._manifests.list()}
+        for name, mirrored in self._manifests.mirrored():
+            manifest = known.get(name) or mirrored
+            if manifest is None:
+                result.broken[name] = "its file in manifests/ can't be read"
+                continue
             try:
-                if manifest.name not in known:
+                if name not in known:
                     self._importer.from_messages(manifest.root)
-                    self._manifests.put(manifest.name, manifest.root, manifest.source, replace=True)
-                missing = self._manifests.count_missing(manifest.root, manifest.name)
-            except (BadTree, NotFound) as error:
-                result.broken[manifest.name] = str(error)
+                    self._manifests.put(name, manifest.root, manifest.source, replace=True)
+                missing = self._manifests.count_missing(manifest.root, name)
+            except (BadTree, NotFound, CorruptBlob) as error:
+                result.broken[name] = str(error)
                 continue
             if missing:
-                result.incomplete[manifest.name] = missing
+                result.incomplete[name] = missing
 
 
 def _clear(change: Change) -> None:

@@ -49,7 +49,7 @@ def forget_row(mounts: Mounts, content: bytes) -> None:
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """The file, open; closing it may fail: with the fuse engine the daemon is told of it (FLUSH), and may be gone."""
-    file = open(path, "rb", buffering=0)
+    file = open(path, "rb", buffering=0)  # noqa: SIM115  # `with` would raise what closing it raises
     try:
         yield file
     finally:
@@ -304,7 +304,11 @@ def test_a_daemon_told_to_end_unmounts(mounted: Mounted, mounts: Mounts, number:
     assert not list(mounts.layout.leases.iterdir()), "the lease is given back"
 
 
-def test_a_daemon_told_to_end_serves_open_files_for_a_while_and_then_ends(mounted: Mounted) -> None:
+def test_a_daemon_told_to_end_serves_open_files_for_a_while_and_then_ends(
+    mounts: Mounts, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounting, "_GRACE_SECONDS", 0.5)
+    mounted = mounts.mount(mounts.add_files(FILES), engine)
     with opened(mounted.path / "directory" / "file") as file:
         assert file.read(5) == CONTENT[:5]
         os.kill(mounted.pid, signal.SIGTERM)

@@ -1,0 +1,269 @@
+"""The benchmark, with tiny sizes: that each scenario measures what it says, by shape and by counts; times are noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.conftest import Requirements, find_mounts
+from tools.bench.measuring import Outcome, Settings, alternate
+from tools.bench.picture import as_svg
+from tools.bench.report import as_json, as_markdown
+from tools.bench.scenarios import MODULES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "tools.bench", "--quick"]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What one run of all scenarios wrote."""
+
+    value: dict[str, Any]
+    text: str
+    drawing: str
+    left: list[str]
+    """What it left where it worked."""
+
+    def measures(self, scenario: str) -> dict[tuple[str, str], dict[str, Any]]:
+        """The measures of a scenario, by what and side."""
+        found = self.value["scenarios"][scenario]["measures"]
+        return {(measure["what"], measure["side"]): measure for measure in found}
+
+    def upcalls(self, scenario: str, what: str, side: str) -> dict[str, int]:
+        counts: dict[str, int] = self.measures(scenario)[what, side]["upcalls"]
+        return counts
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, requires: Requirements) -> Results:
+    """One run of everything, a process as people start it."""
+    requires.admin()
+    requires.fuse()
+    requires.programs("g++", "gcc", "pkg-config", "b3sum", "xargs")
+    scratch, output = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("output")
+    command = [*COMMAND, "--write", "--output", str(output), "--scratch", str(scratch)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    return Results(
+        json.loads((output / "benchmarks.json").read_text()),
+        (output / "BENCHMARKS.md").read_text(),
+        (output / "benchmarks.svg").read_text(),
+        os.listdir(scratch),
+    )
+
+
+def test_every_scenario_has_results_and_nothing_is_left(results: Results) -> None:
+    assert list(results.value["scenarios"]) == list(MODULES)
+    for scenario in results.value["scenarios"].values():
+        assert scenario["measures"] and scenario["about"]
+        assert not [note for note in scenario["notes"] if "left out" in note]
+    assert results.left == []
+
+
+def test_the_machine_is_described_without_its_name(results: Results) -> None:
+    machine = results.value["machine"]
+    assert machine["cpu"] and machine["cores"] >= 1
+    assert {"kernel", "store_file_system", "python", "lmdb", "pyfuse3", "libfuse", "compiler"} <= machine.keys()
+    assert not re.search(rf"\b{re.escape(os.uname().nodename)}\b", json.dumps(machine))
+
+
+def test_each_measure_has_a_median_its_values_and_a_ratio_to_the_first_side(results: Results) -> None:
+    for scenario in results.value["scenarios"].values():
+        first: dict[str, float] = {}
+        for measure in scenario["measures"]:
+            assert measure["lowest"] <= measure["median"] <= measure["highest"]
+            assert measure["values"]
+            yardstick = first.setdefault(measure["what"], measure["median"])
+            assert measure["ratio"] == (measure["median"] / yardstick if yardstick else None)
+        for aim in scenario["aims"]:
+            assert f"| {aim['what']} " in results.text
+
+
+def test_the_compiler_reads_nothing_through_the_daemon_with_passthrough(results: Results) -> None:
+    what = "preprocess only, wall"
+    passed, native, pyfuse3 = (results.upcalls("compile", what, side) for side in ("passthrough", "native", "fuse"))
+    assert "READ" not in passed and passed["OPEN"] > 100
+    assert native["READ"] > 0 and pyfuse3["READ"] > 0
+    assert native["OPEN"] == passed["OPEN"] == pyfuse3["OPEN"]
+    assert results.measures("compile")[what, "host"]["ratio"] == 1
+
+
+def test_10000_files_keep_to_their_budgets_of_upcalls(results: Results) -> None:
+    files, directories = 1_000, 100
+    for side in ("passthrough", "native", "fuse"):
+        assert results.upcalls("files", "stat, first", side)["LOOKUP"] == files + directories
+        assert results.upcalls("files", "missing, first", side) == {"LOOKUP": files}
+        for what in ("stat, warm", "missing, warm"):
+            assert results.upcalls("files", what, side) == {}
+        opened = results.upcalls("files", "open+read+close, warm", side)
+        assert opened == {"OPEN": files, "RELEASE": files}
+    assert "READ" not in results.upcalls("files", "open+read+close, first", "passthrough")
+    assert results.upcalls("files", "open+read+close, first", "native")["READ"] == files
+    assert results.upcalls("files", "walk, warm", "passthrough") == {}
+
+
+def test_two_mounts_share_the_page_cache_of_a_file_with_passthrough(results: Results) -> None:
+    measures = results.measures("bigfile")
+    blob, mounts = (f"page cache of {where}, read through two mounts" for where in ("the blob", "both mounts"))
+    assert measures[blob, "passthrough"]["median"] == pytest.approx(1, abs=0.01)
+    assert measures[mounts, "passthrough"]["median"] == 0
+    assert measures[mounts, "native"]["median"] == pytest.approx(2, abs=0.01)
+    for what in ("read, 1 MiB blocks", "mapped"):
+        assert "READ" not in measures[what, "passthrough"]["upcalls"]
+
+
+def test_a_first_stat_costs_the_same_in_a_large_tree_and_in_a_small_one(results: Results) -> None:
+    large, small = (results.upcalls("million", "first stat", f"{count} entries") for count in ("20,000", "1,000"))
+    assert large == small
+    assert large["LOOKUP"] == 3 and large["READ"] == 0
+    memory = results.measures("million")["daemon memory after the first stat, anonymous", "20,000 entries"]
+    assert 0 < memory["median"] < 100
+
+
+def test_an_ingest_is_measured_beside_copies_and_hashes(results: Results) -> None:
+    sides = {side for what, side in results.measures("ingest") if what == "ingest, files"}
+    assert sides == {"casfs", "casfs, again", "cp -r && sync", "cp -r", "b3sum"}
+
+
+def test_polling_is_measured_on_and_off(results: Results) -> None:
+    measures = results.measures("polling")
+    for what in ("burst, stat of a new name", "idle, daemon CPU in 1 s", "cores busy, loops", "preprocess, wall"):
+        assert {"sleeping", "polling"} <= {side for name, side in measures if name == what}
+    # A daemon that went on polling would have used the whole second.
+    assert measures["idle, daemon CPU in 1 s", "polling"]["median"] < 50
+
+
+def test_upcalls_are_measured_beside_the_examples_of_libfuse(results: Results) -> None:
+    measures = results.measures("upcall")
+    for operation in ("LOOKUP, missing", "GETATTR", "OPEN to RELEASE"):
+        sides = {side for what, side in measures if what == f"{operation}, wall"}
+        assert sides == {"passthrough_ll", "hello_ll", "passthrough", "native", "fuse"}
+    assert measures["GETATTR, wall", "passthrough"]["upcalls"] == {"answers": 1}
+    assert measures["OPEN to RELEASE, wall", "passthrough"]["upcalls"] == {"answers": 2}
+    assert measures["OPEN to RELEASE, wall", "passthrough_ll"]["upcalls"] == {"answers": 3}, "a FLUSH too"
+    assert measures["OPEN, READ, wall", "passthrough"]["upcalls"] == {"answers": 2}
+
+
+def test_the_picture_shows_every_engine(results: Results) -> None:
+    texts = [element.text for element in ElementTree.fromstring(results.drawing).iter() if element.text]
+    for name in ("host, without casfs", "casfs, passthrough", "casfs, pyfuse3"):
+        assert name in texts
+    assert any("(READ 0)" in text for text in texts)
+
+
+def test_a_run_that_compiled_nothing_makes_no_picture() -> None:
+    assert as_svg(as_json({}, "command", {})) is None
+
+
+def test_sides_take_turns_forwards_and_backwards() -> None:
+    assert list(alternate("ab", 3)) == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+
+
+def test_medians_ratios_and_missed_aims_are_in_the_table() -> None:
+    outcome = Outcome()
+    for value in (3.0, 1.0, 2.0):
+        outcome.add("work", "host", "ms", value)
+        outcome.add("work", "mount", "ms", 2 * value, {"OPEN": 1000})
+    outcome.aim("work", 4.0, 3.0, "ms", at_most=True)
+    text = as_markdown({"cpu": "a"}, "command", {"scenario": ("About it.", outcome)})
+    assert re.search(r"\| work +\| host +\| 2.00 ms \| 1.00 to 3.00 \| 3 ", text)
+    assert re.search(r"\| mount \| 4.00 ms \| 2.00 to 6.00 \| 3 +\| 2.00 +\| OPEN 1,000 ", text)
+    assert re.search(r"\| work \| ≤ 3.00 ms \| 4.00 ms \| \*\*missed\*\* \|", text)
+
+
+def test_settings_shrink_a_quick_run_unless_told_otherwise(tmp_path: Path) -> None:
+    assert Settings(tmp_path).rounds(5) == 5
+    assert Settings(tmp_path, quick=True).rounds(5) == 1
+    assert Settings(tmp_path, quick=True, repeat=3).rounds(5) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["nothing"], "there is no scenario 'nothing': choose from compile, files,"),
+        (["compile", "--write"], "--write takes all scenarios"),
+        (["--repeat", "0"], "--repeat takes a number from 1 on"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(options: list[str], complaint: str) -> None:
+    done = subprocess.run([*COMMAND, *options], cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_a_scenario_that_fails_is_named_and_writes_nothing(tmp_path: Path) -> None:
+    """Without programs nothing can be copied."""
+    done = subprocess.run(
+        [*COMMAND, "ingest", "--scratch", str(tmp_path)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "failed: ingest" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_profile_names_the_functions_of_the_loop(tmp_path: Path, requires: Requirements) -> None:
+    requires.fuse()
+    done = subprocess.run(
+        [*COMMAND, "--profile", "--scratch", str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    profiles = done.stdout.strip().split("\n\n")
+    assert [profile.partition(":")[0] for profile in profiles] == [
+        "LOOKUP, missing",
+        "LOOKUP",
+        "GETATTR",
+        "OPEN, READ",
+        "OPEN to RELEASE",
+    ]
+    for profile in profiles:
+        assert "posix.write" in profile and "session._" in profile
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_something_is_mounted_leaves_nothing(tmp_path: Path, requires: Requirements) -> None:
+    requires.fuse()
+    process = subprocess.Popen(
+        [*COMMAND, "files", "--scratch", str(tmp_path)],
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not find_mounts(os.fsencode(tmp_path)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in err
+    assert not find_mounts(os.fsencode(tmp_path))
+    assert not list(tmp_path.iterdir())
