@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from casfs.fusemount import DEVICE, DEVICE_REMEDY, why_no_device
+from casfs.fusemount import DEVICE, find_device_problem
 from casfs.mountinfo import list_mounts, mount_above
 from casfs.probes import Probe, probe_mount, probe_passthrough, probe_pyfuse3
 from casfs.syscalls import has_admin_capability, open_cached
@@ -80,12 +80,8 @@ def _existing(path: Path) -> Path:
 
 def _examine_device() -> Finding:
     how = f"open {DEVICE}"
-    if reason := why_no_device():
-        return Finding("fuse device", False, how, reason, DEVICE_REMEDY)
-    try:
-        os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return Finding("fuse device", False, how, error.strerror or str(error), f"chmod 666 {DEVICE} (as root)")
+    if problem := find_device_problem():
+        return Finding("fuse device", False, how, *problem)
     return Finding("fuse device", True, how, "opened for reading and writing")
 
 

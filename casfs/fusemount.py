@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 from casfs.errors import Busy, MissingCapability, MountError, NotMounted
 from casfs.mountinfo import FUSE_TYPE, find_mount
@@ -25,20 +26,32 @@ from casfs.syscalls import (
 )
 
 DEVICE = "/dev/fuse"
-DEVICE_REMEDY = f"load the fuse module (modprobe fuse), or give this container the device {DEVICE}"
 _DEVICE_NUMBER = os.makedev(10, 229)
 SOURCE = "casfs"
 """What `mount` and `df` show as the source."""
 
 
-def why_no_device() -> str | None:
-    """What is wrong with the FUSE device, or None. Whether this user may open it is another question."""
+class DeviceProblem(NamedTuple):
+    """Why this user can't use the FUSE device, and what would help."""
+
+    reason: str
+    remedy: str
+
+
+def find_device_problem() -> DeviceProblem | None:
+    """What is wrong with the FUSE device for this user, or None."""
+    get_it = f"load the fuse module (modprobe fuse), or give this container the device {DEVICE}"
     try:
         status = os.stat(DEVICE)
     except OSError:
-        return f"there is no {DEVICE}"
+        return DeviceProblem(f"there is no {DEVICE}", get_it)
     if not stat.S_ISCHR(status.st_mode) or status.st_rdev != _DEVICE_NUMBER:
-        return f"{DEVICE} is not the FUSE device"
+        return DeviceProblem(f"{DEVICE} is not the FUSE device", get_it)
+    try:
+        os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        # fusermount3 opens it with the rights of the user, too.
+        return DeviceProblem(f"this user can't open {DEVICE}: {error.strerror}", f"as root: chmod 666 {DEVICE}")
     return None
 
 
@@ -48,18 +61,15 @@ def attach(mountpoint: Path) -> int:
     Nothing answers until a session serves it. Raises MissingCapability where
     there is no FUSE device or no way for this user to mount, MountError.
     """
-    if reason := why_no_device():
-        raise MissingCapability(f"can't mount: {reason}; {DEVICE_REMEDY}")
+    if problem := find_device_problem():
+        raise MissingCapability(f"can't mount: {problem.reason}; {problem.remedy}")
     if has_admin_capability():
         return _attach_directly(mountpoint)
     return _attach_with_helper(mountpoint)
 
 
 def _attach_directly(mountpoint: Path) -> int:
-    try:
-        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise MissingCapability(f"can't open {DEVICE}: {error.strerror}; {DEVICE_REMEDY}") from error
+    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions,allow_other"
     try:
         mount(SOURCE, str(mountpoint), FUSE_TYPE, MS_RDONLY | MS_NOSUID | MS_NODEV, options)

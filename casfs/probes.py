@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from casfs.errors import CasfsError, MountError
-from casfs.fusemount import DEVICE_REMEDY, attach, detach, why_no_device
+from casfs.fusemount import attach, detach, find_device_problem
 from casfs.session import Session
 from casfs.syscalls import CLONE_NEWNS, MS_PRIVATE, MS_REC, clone_read_only, has_admin_capability, mount, unshare
 from casfs.tree import FIXED_MTIME_NS, ROOT, Node, NodeId
@@ -95,8 +95,8 @@ def probe_passthrough(file: Path) -> Probe:
             "FUSE passthrough needs CAP_SYS_ADMIN, which this process doesn't have",
             "mount as root, or use --engine fuse",
         )
-    if reason := why_no_device():
-        return Probe(False, reason, DEVICE_REMEDY)
+    if problem := find_device_problem():
+        return Probe(False, *problem)
     return _in_child(lambda: _try_passthrough(file))
 
 
@@ -154,8 +154,8 @@ def _read_through(contents: _OneContent, place: Path, *, passthrough: bool) -> i
 
 def probe_pyfuse3() -> Probe:
     """Whether pyfuse3 can be imported and this user has a way to mount."""
-    if reason := why_no_device():
-        return Probe(False, reason, DEVICE_REMEDY)
+    if problem := find_device_problem():
+        return Probe(False, *problem)
     try:
         importlib.import_module("casfs.session_pyfuse3")
     except ImportError as error:

@@ -247,6 +247,19 @@ def walk(view: View, root: Directory) -> Iterator[tuple[bytes, Entry]]:
             stack.pop()
 
 
+def export_items(view: View, root: Directory) -> Iterator[tuple[bytes, Entry | None]]:
+    """A walk as a manifest's text has it: of directories only the empty ones, as None."""
+    empty: bytes | None = None
+    for path, entry in walk(view, root):
+        if empty is not None and not path.startswith(empty + b"/"):
+            yield empty, None
+        empty = path if isinstance(entry, DirectoryEntry) else None
+        if empty is None:
+            yield path, entry
+    if empty is not None:
+        yield empty, None
+
+
 def walk_directories(view: View, root: int, seen: set[int]) -> Iterator[tuple[int, list[Row]]]:
     """Each distinct directory below and with the id `root` once, with its entries; `seen` is added to."""
     pending = [root]
