@@ -7,9 +7,9 @@ is spread over the cores; everything else happens in the calling thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -109,22 +109,24 @@ class Importer:
     ) -> Digest:
         order = top.in_postorder()
         files = [(directory.path, file) for directory in order for file in directory.files]
-        digests: Iterator[Digest] | None = None
-        if not options.reference:
-            digests = _in_parallel(
-                files,
-                ingest,
-                lambda item: _add_one(item[0] + b"/" + item[1].name, ingest, options),
-                lambda item: item[1].stamp.size,
-                lambda done: progress(len(done), sum(digest.size for digest in done)),
-            )
         roots: dict[int, Digest] = {}
-        for directory in order:
-            entries: list[Entry] = list(directory.symlinks)
-            for file in directory.files:
-                entries.append(_file_entry(directory.path, file, next(digests) if digests else None, options))
-            entries.extend(DirectoryEntry(child.name, roots.pop(id(child))) for child in directory.directories)
-            roots[id(directory)] = builder.add_directory(entries)
+        with ExitStack() as stack:
+            digests: Iterator[Digest] | None = None
+            if not options.reference:
+                running = _in_parallel(
+                    files,
+                    ingest,
+                    lambda item: _add_one(item[0] + b"/" + item[1].name, ingest, options),
+                    lambda item: item[1].stamp.size,
+                    lambda done: progress(len(done), sum(digest.size for digest in done)),
+                )
+                digests = stack.enter_context(closing(running))
+            for directory in order:
+                entries: list[Entry] = list(directory.symlinks)
+                for file in directory.files:
+                    entries.append(_file_entry(directory.path, file, next(digests) if digests else None, options))
+                entries.extend(DirectoryEntry(child.name, roots.pop(id(child))) for child in directory.directories)
+                roots[id(directory)] = builder.add_directory(entries)
         return roots[id(top)]
 
     def from_messages(self, root: Digest) -> Directory:
@@ -193,15 +195,16 @@ class Importer:
         check_paths((Item(line.path, _LISTED, line.line) for line in checklist), source)
         with self._building(functions.pop()) as (ingest, builder):
             if base is None:
-                entries: Iterable[FileEntry] = (self._find_listed(line, source) for line in checklist)
+                entries: Generator[FileEntry, None, None] = (self._find_listed(line, source) for line in checklist)
             else:
                 root = os.path.realpath(os.fsencode(base))
                 entries = _in_parallel(
                     checklist, ingest, lambda line: _add_listed(line, root, ingest, source), lambda line: 0
                 )
-            return builder.finish(
-                builder.add_paths((line.path, entry) for line, entry in zip(checklist, entries, strict=True))
-            )
+            with closing(entries):
+                return builder.finish(
+                    builder.add_paths((line.path, entry) for line, entry in zip(checklist, entries, strict=True))
+                )
 
     def _find_listed(self, line: ChecklistLine, source: str) -> FileEntry:
         with self._index.view() as view:
@@ -250,11 +253,12 @@ def _in_parallel(
     add: Callable[[T], R],
     size: Callable[[T], int],
     finished: Callable[[list[R]], None] = lambda done: None,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """What `add` makes of each, in order, by a thread a core; published whenever enough is pending.
 
     While a round is made durable, which is waiting for the disk, the next one
-    is read. `size` is an item's in bytes; `finished` is told the results of a
+    is read. So close it when an error may have come between: what is still
+    being read must not go into an ingest that ends. `size` is an item's in bytes; `finished` is told the results of a
     chunk, in the calling thread.
     """
 

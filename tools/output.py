@@ -55,7 +55,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun[:-1]}ies" if noun.endswith("y") else f"{number:,} {noun}s"
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGTPE])(i?B?)|B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGTPE])(i?B?)|B)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -73,7 +73,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 def parse_duration(text: str) -> int:
     """Seconds from ``90``, ``15m``, ``1h``, ``2d`` or ``1w``. Raises BadInput."""
-    match = re.fullmatch(r"(\d+)\s*([smhdw]?)", text.strip())
+    match = re.fullmatch(r"([0-9]+)\s*([smhdw]?)", text.strip())
     if match is None:
         raise BadInput(f"{text!r} is not a duration: write seconds, or as in 15m, 1h or 2d")
     return int(match[1]) * _SECONDS[match[2]]

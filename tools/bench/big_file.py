@@ -86,6 +86,8 @@ def _compare_speed(outcome: Outcome, settings: Settings, blob: Path, mounted: Mo
     for what in kinds:
         ratio = outcome.median(what, mounted.engine) / outcome.median(what, "host")
         outcome.aim(f"{what}: {mounted.engine} against the host", ratio, 0.95, "", at_most=False)
+        cpu = outcome.median(f"{what}, daemon CPU", mounted.engine)
+        outcome.aim(f"{what}, daemon CPU", cpu, 2, "ms", at_most=True)
 
 
 def _read(path: Path) -> None:
