@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -184,13 +183,36 @@ def _explain(error: OSError, target: Path) -> Exception:
     return CheckoutError(f"can't check out to {target}{where}: {error.strerror}; what had been written was removed")
 
 
-def _remove_below(directory: int) -> None:
-    for entry in list(os.scandir(directory)):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.name, ignore_errors=True, dir_fd=directory)
-        else:
-            with suppress(OSError):
-                os.unlink(entry.name, dir_fd=directory)
+def _remove_below(top: int) -> None:
+    """Empty a directory as far as that can be done. With a stack of its own: trees may be deeper than Python's."""
+    stack = [(os.dup(top), "")]
+    try:
+        while stack:
+            here, name = stack[-1]
+            below = _unlink_files(here)
+            if below is not None:
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                stack.append((os.open(below, flags, dir_fd=here), below))
+                continue
+            os.close(stack.pop()[0])
+            if stack:
+                os.rmdir(name, dir_fd=stack[-1][0])
+    except OSError:
+        # Somebody is using the target: their files are theirs to remove.
+        pass
+    finally:
+        for descriptor, _ in stack:
+            os.close(descriptor)
+
+
+def _unlink_files(directory: int) -> str | None:
+    """Remove what is no directory, until one is found; returns its name."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                return entry.name
+            os.unlink(entry.name, dir_fd=directory)
+    return None
 
 
 class _OpenDirectory:

@@ -2,10 +2,12 @@
 
 Most of what an upcall costs is waking the daemon, and requests come in bursts.
 A reader that asks again at once, instead of sleeping, answers a burst several
-times faster; one that polls for nothing takes the core from its clients. So it
-polls only while that has been paying: `_gain` follows, over the last requests,
-how often the next one came within the window; where that is rare (a compiler
-that thinks between two opens), or where there is only one core, it sleeps.
+times faster, if a core is free for it; if none is, it takes one from its
+clients, and the scheduler would have woken a sleeper on the client's core at
+once. Which of the two it is can't be known, but measured: the time from an
+answer to the next request, in both ways. So within a burst the reader goes the
+better way, and now and then the other one. Outside of bursts (a compiler that
+thinks between two opens), and where there is only one core, it sleeps.
 
 Sleeping is a blocking read and not poll(2) and then a read: one system call a
 request instead of three. So the descriptor changes between blocking (always,
@@ -25,7 +27,12 @@ WINDOW = 100e-6
 fraction of what a compiler needs between two headers."""
 
 _WEIGHT = 1 / 16
-_WORTH = 0.5
+_IN_BURST = 0.5
+"""A burst is on while at least this part of the last requests came within the window."""
+_WORTH = 0.8
+"""Polling costs processor time: it must shorten the wait to this."""
+_PERIOD, _TRIAL = 128, 8
+"""In a burst, so many requests of each period are met in the way that is thought worse."""
 
 
 class DeviceReader:
@@ -36,8 +43,12 @@ class DeviceReader:
         self._device = device
         self._size = size
         self._window = window if poll and len(os.sched_getaffinity(0)) > 1 else 0.0
-        self._gain = 0.0
         self._blocking = True
+        self._soon = 0.0
+        # Means of the last waits in seconds. Polling has to be tried before anything is known of it.
+        self._wait_polling = 0.0
+        self._wait_sleeping = window
+        self._turn = 0
         self._polled = 0
         self._slept = 0
         os.set_blocking(device, True)
@@ -49,11 +60,11 @@ class DeviceReader:
                 if not self._window:
                     return os.read(self._device, self._size)
                 began = time.perf_counter()
-                message = self._poll(began) if self._gain > _WORTH else None
+                polling = self._soon > _IN_BURST and self._choose()
+                message = self._poll(began) if polling else None
                 if message is None:
                     message = self._sleep()
-                came_soon = time.perf_counter() - began < self._window
-                self._gain += (came_soon - self._gain) * _WEIGHT
+                self._learn(polling, time.perf_counter() - began)
                 return message
             except OSError as error:
                 # ENODEV: unmounted. ECONNABORTED: aborted through fusectl, or a forced unmount.
@@ -62,6 +73,21 @@ class DeviceReader:
                 # ENOENT: the request was interrupted before it could be read.
                 if error.errno != errno.ENOENT:
                     raise
+
+    def _choose(self) -> bool:
+        """Whether to poll for the next request of a burst."""
+        self._turn = (self._turn + 1) % _PERIOD
+        better = self._wait_polling < _WORTH * self._wait_sleeping
+        return better if self._turn >= _TRIAL else not better
+
+    def _learn(self, polling: bool, wait: float) -> None:
+        self._soon += ((wait < self._window) - self._soon) * _WEIGHT
+        # A client that does something else for a while says nothing about the way it was waited for.
+        wait = min(wait, 2 * self._window)
+        if polling:
+            self._wait_polling += (wait - self._wait_polling) * _WEIGHT
+        else:
+            self._wait_sleeping += (wait - self._wait_sleeping) * _WEIGHT
 
     def _poll(self, began: float) -> bytes | None:
         """A request that comes within the window; None if none does."""

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -92,12 +92,13 @@ class _Gate:
         self._inside.discard(thread)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody is inside, and nobody enters."""
+    def alone(self, thread: int | None = None) -> Iterator[None]:
+        """Nobody is inside but perhaps `thread`, and nobody enters."""
+        allowed = {thread} if thread is not None else set()
         with self._growing:
             self._closed = True
             try:
-                while self._inside:
+                while self._inside - allowed:
                     time.sleep(_GATE_SECONDS)
                 yield
             finally:
@@ -210,6 +211,11 @@ class Index:
     def _open_tables(self) -> None:
         with self._exclusive():
             try:
+                self._env.begin().abort()
+            except lmdb.MapResizedError:
+                # Another process made it larger since its size was looked at; none does while we write.
+                self._env.set_mapsize(0)
+            try:
                 meta = self._env.open_db(Table.META.value, create=False)
             except lmdb.NotFoundError:
                 meta = self._env.open_db(Table.META.value)
@@ -252,21 +258,39 @@ class Index:
         with self._exclusive():
             while True:
                 thread = self._gate.enter()
+                txn = None
                 try:
-                    with self._env.begin(write=True) as txn:
-                        return work(Change(txn, self._dbs, thread))
+                    txn = self._env.begin(write=True)
+                    result = work(Change(txn, self._dbs, thread))
+                    txn.commit()
+                    return result
                 except lmdb.MapFullError:
-                    grown = 2 * self._env.info()["map_size"]
+                    self._give_up(txn, thread, 2 * self._env.info()["map_size"])
                 except lmdb.MapResizedError:
-                    grown = 0  # another process made it larger: take over its size
-                except lmdb.Error as error:
-                    self._raise_unusable(error)
+                    self._give_up(txn, thread, 0)
+                except BaseException as error:
+                    self._give_up(txn, thread, None)
+                    if isinstance(error, lmdb.Error):
+                        self._raise_unusable(error)
+                    raise
                 finally:
                     self._gate.leave(thread)
-                with self._gate.alone():
-                    # What killed readers pin can't be used again: perhaps it is only that.
-                    self._env.reader_check()
-                    self._env.set_mapsize(grown)
+
+    def _give_up(self, txn: lmdb.Transaction | None, thread: int, grown: int | None) -> None:
+        """Abort a write; with `grown` take that many bytes for the map (0: what another process made it).
+
+        With no view open beside it, also for the abort: py-lmdb makes it wait
+        for a moment in which no other thread calls LMDB, and with busy readers
+        there is none.
+        """
+        with self._gate.alone(thread):
+            if txn is not None:
+                with suppress(lmdb.Error):  # a commit that failed has ended it
+                    txn.abort()
+            if grown is not None:
+                # What killed readers pin can't be used again: perhaps it is only that.
+                self._env.reader_check()
+                self._env.set_mapsize(grown)
 
     def _begin(self) -> View:
         while True:

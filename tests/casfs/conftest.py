@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,9 +29,11 @@ from casfs.session import Opener, Session
 from casfs.tree import Tree
 from casfs.wire import Opcode
 from store.digest import Digest, DigestFunction
+from store.entries import FileEntry
 from store.importing import ScanOptions
 from store.layout import Layout, blob_path
 from store.repository import Store
+from store.treebuilder import TreeBuilder
 from tests.conftest import Requirements
 
 ENGINES = ("passthrough", "native", "fuse")
@@ -99,6 +101,16 @@ class Mounts:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(content)
             return self.add(Path(source), options)
+
+    def add_empty_files(self, paths: Iterable[str]) -> Digest:
+        """The root of a tree with very many files, none of which was ever on disk; in order of path."""
+        with Store.open(self.root) as store, store.ingest() as ingest:
+            builder = TreeBuilder(store.index, ingest, DigestFunction.BLAKE3)
+            empty = ingest.add_bytes(b"", DigestFunction.BLAKE3)
+            items = [
+                (os.fsencode(path), FileEntry(os.path.basename(os.fsencode(path)), empty, False)) for path in paths
+            ]
+            return builder.finish(builder.add_paths(items)).digest
 
     def blob(self, content: bytes) -> Path:
         """Where the blob of these bytes lies."""

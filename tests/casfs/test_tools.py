@@ -151,6 +151,28 @@ def test_a_compiler_reads_sources_and_headers(requires: Requirements, mounted: M
     run(tmp_path / "main")
 
 
+def test_a_compiler_does_not_find_what_the_host_has_and_the_tree_has_not(
+    requires: Requirements, mounted: Mounted, source: Path, tmp_path: Path
+) -> None:
+    """Neither beside the mount nor by `..`: an undeclared header is no such file."""
+    requires.programs("gcc")
+    (tmp_path / "main.c").write_text('#include "added later.h"\n')
+    late = source / "src" / "added later.h"
+    late.write_text("#error found\n")
+    try:
+        done = subprocess.run(
+            ["gcc", "-I", mounted.path / "src", "-I", mounted.path / "src" / "deep" / "..", "-c", tmp_path / "main.c"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+    finally:
+        late.unlink()
+    assert done.returncode == 1
+    assert "No such file" in done.stderr
+
+
 def test_checksums_are_those_of_the_source(mounted: Mounted, source: Path) -> None:
     """sha256sum reads with large buffers and read-ahead."""
     path = "src/deep/large"

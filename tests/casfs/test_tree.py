@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 import tempfile
@@ -230,6 +231,62 @@ def test_a_directory_of_many_entries_is_listed_whole_and_can_be_sought_in(
     assert {*early, *(entry.name for entry in first)} == names
 
 
+libc = ctypes.CDLL(None, use_errno=True)
+libc.opendir.restype = libc.readdir.restype = ctypes.c_void_p
+libc.telldir.restype = ctypes.c_long
+
+
+class Listing:
+    """A directory as C programs read it: what Python's listings don't offer."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = ctypes.c_void_p(libc.opendir(os.fsencode(path)))
+
+    def read(self) -> bytes | None:
+        """The next name."""
+        entry = libc.readdir(self._stream)
+        # struct dirent: inode, offset, length, type, name
+        return ctypes.string_at(entry + 19) if entry else None
+
+    def read_all(self) -> list[bytes]:
+        return list(iter(self.read, None))
+
+    def tell(self) -> int:
+        return int(libc.telldir(self._stream))
+
+    def seek(self, position: int) -> None:
+        libc.seekdir(self._stream, ctypes.c_long(position))
+
+    def rewind(self) -> None:
+        libc.rewinddir(self._stream)
+
+    def close(self) -> None:
+        libc.closedir(self._stream)
+
+
+def test_listings_can_be_rewound_and_gone_on_with_from_any_place(mounts: Mounts, engine: str, tmp_path: Path) -> None:
+    """rewinddir, telldir and seekdir, forth and back over several pages; the first listing fills the kernel's cache."""
+    for number in range(700):
+        (tmp_path / f"{number:04d}{'x' * (number % 200)}").write_bytes(b"")
+    mounted = mounts.mount(mounts.add(tmp_path), engine)
+    listing = Listing(mounted.path)
+    try:
+        everything = listing.read_all()
+        assert everything[:2] == [b".", b".."] or engine == "fuse"
+        assert len(everything) == len(set(everything)) == 700 + (0 if engine == "fuse" else 2)
+        for _ in range(2):
+            listing.rewind()
+            places = []
+            for name in everything:
+                places.append(listing.tell())
+                assert listing.read() == name
+            for index in (len(everything) - 1, 3, 350, 1, 0, 699, 2):
+                listing.seek(places[index])
+                assert listing.read_all() == everything[index:]
+    finally:
+        listing.close()
+
+
 names = st.one_of(
     st.binary(min_size=1, max_size=12),
     st.sampled_from([LONG, b" ", b"...", b"-rf", b"\xff", b"a", b"b", b"~"]),
@@ -244,15 +301,29 @@ nodes = st.recursive(
 trees = st.dictionaries(names, nodes, max_size=8)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(tree=trees)
-def test_a_random_tree_projected_is_the_tree_itself(module_mounts: Mounts, module_engine: str, tree: Tree) -> None:
-    """Whatever the names, kinds and bytes: what goes in is what is shown."""
-    with tempfile.TemporaryDirectory(dir=module_mounts.base) as source:
+def check_projection(mounts: Mounts, engine: str, tree: Tree) -> None:
+    with tempfile.TemporaryDirectory(dir=mounts.base) as source:
         write_tree(os.fsencode(source), tree)
-        root = module_mounts.add(Path(source))
-    mounted = module_mounts.mount(root, module_engine)
+        root = mounts.add(Path(source))
+    mounted = mounts.mount(root, engine)
     try:
         assert read_tree(os.fsencode(mounted.path)) == tree
     finally:
         mounted.unmount()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tree=trees)
+def test_a_random_tree_projected_is_the_tree_itself(module_mounts: Mounts, module_engine: str, tree: Tree) -> None:
+    """Whatever the names, kinds and bytes: what goes in is what is shown."""
+    check_projection(module_mounts, module_engine, tree)
+
+
+@pytest.mark.long
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tree=trees)
+def test_hundreds_of_random_trees_projected_are_the_trees_themselves(
+    module_mounts: Mounts, module_engine: str, tree: Tree
+) -> None:
+    """The same, for as many trees as one has patience."""
+    check_projection(module_mounts, module_engine, tree)

@@ -44,8 +44,8 @@ def passed(mounts: Mounts) -> Mounted:
 @pytest.fixture(scope="module")
 def many(module_mounts: Mounts) -> tuple[Mounts, dict[str, Digest]]:
     """Two trees of 10,000 files by name of shape: in 100 directories, and in one."""
-    wide = module_mounts.add_files({f"{number:05d}.h": b"" for number in range(FILES)})
-    deep = module_mounts.add_files({f"{number // 100:02d}/{number % 100:02d}.h": b"" for number in range(FILES)})
+    wide = module_mounts.add_empty_files(f"{number:05d}.h" for number in range(FILES))
+    deep = module_mounts.add_empty_files(f"{number // 100:02d}/{number % 100:02d}.h" for number in range(FILES))
     return module_mounts, {"one directory": wide, "100 directories": deep}
 
 
@@ -56,11 +56,12 @@ def find_ls(top: Path) -> int:
 
 @pytest.mark.parametrize("shape", ["one directory", "100 directories"])
 def test_find_ls_of_10000_files_costs_at_most_an_upcall_per_25_files(
-    many: tuple[Mounts, dict[str, Digest]], shape: str, engine: str
+    many: tuple[Mounts, dict[str, Digest]], shape: str, engine: str, request: pytest.FixtureRequest
 ) -> None:
     """Listings bring the attributes along; a second find costs next to nothing where listings are cached."""
     mounts, roots = many
     mounted = mounts.mount(roots[shape], engine)
+    request.addfinalizer(mounted.unmount)
     directories = 100 if shape == "100 directories" else 0
     with mounted.counting() as first:
         assert find_ls(mounted.path) == FILES + 1 + directories
@@ -76,7 +77,6 @@ def test_find_ls_of_10000_files_costs_at_most_an_upcall_per_25_files(
         assert first["OPENDIR"] <= 1
         assert second.total() <= 1 + directories
         assert not second["LOOKUP"] + second["READDIRPLUS"]
-    mounted.unmount()
 
 
 def test_passthrough_never_reads(passed: Mounted) -> None:

@@ -55,8 +55,8 @@ def named(casfs: Casfs, tree: Path) -> Casfs:
         (f"f\tsha256:{HASH}/1\t-\ta\n", "not of the manifest's function"),
         (f"f\t{HASH}/1\t{1 << 70}\ta\n", f"{1 << 70}"),
         (f"r\t1:2:3:4:{1 << 70}\t/a\ta\n", f"{1 << 70}"),
-        (f"r\t1:2:3:4\t/a\ta\n", "stamp"),
-        (f"r\t1:2:3:4:5\ta\ta\n", "absolute host path"),
+        ("r\t1:2:3:4\t/a\ta\n", "stamp"),
+        ("r\t1:2:3:4:5\ta\ta\n", "absolute host path"),
         ("l\t\t-\ta\n", "target"),
         (f"z\t{HASH}/1\t-\ta\n", "not a manifest line"),
         ("f\n", "not a manifest line"),
@@ -71,7 +71,9 @@ def test_a_manifest_text_with_a_bad_line_is_refused(named: Casfs, lines: str, sa
     assert snapshot(named.store) == before
 
 
-@pytest.mark.parametrize("text", ["", "\n", "junk\n", "casfs manifest 2 blake3\n", "casfs manifest 1 md5\n", "\xff\xfe\0"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "junk\n", "casfs manifest 2 blake3\n", "casfs manifest 1 md5\n", "\xff\xfe\0"]
+)
 def test_what_is_no_manifest_text_is_refused(casfs: Casfs, text: str) -> None:
     assert "standard input:1: " in casfs.fails(Exit.USAGE, "manifest", "import", "bad", "-", stdin=text)
 
@@ -94,7 +96,9 @@ def test_a_size_that_contradicts_the_blob_is_refused(named: Casfs) -> None:
     assert named.ok("verify", "--json").json["clean"] is True
 
 
-@pytest.mark.parametrize("digest", ["blake3:zz/1", f"blake3:{HASH}", f"blake3:{HASH}/x", f"md5:{HASH}/1", ":", f"{HASH}:1/1"])
+@pytest.mark.parametrize(
+    "digest", ["blake3:zz/1", f"blake3:{HASH}", f"blake3:{HASH}/x", f"md5:{HASH}/1", ":", f"{HASH}:1/1"]
+)
 def test_a_malformed_digest_is_named(named: Casfs, digest: str) -> None:
     for arguments in (("ls", digest), ("cat", f"{digest}/x"), ("manifest", "create", "bad", "--root", digest)):
         named.fails(Exit.USAGE, *arguments)
@@ -282,7 +286,12 @@ def test_a_full_disk_stops_an_ingest_and_leaves_the_store_clean(casfs: Casfs, na
         (tree / str(number)).write_bytes(os.urandom(4 << 20))
     (casfs.directory / "small").write_text("small")
     inside.ok("add", "small")
-    for arguments in (("add", "large"), ("manifest", "create", "m", "large"), ("add", *tree.iterdir())):
+    verbs: tuple[tuple[str | Path, ...], ...] = (
+        ("add", "large"),
+        ("manifest", "create", "m", "large"),
+        ("add", *tree.iterdir()),
+    )
+    for arguments in verbs:
         assert "full" in inside.fails(Exit.STORE, *arguments)
     with open(tree / "0", "rb") as stream:
         process = inside.start("add", "--stdin", stdin=stream.fileno())
@@ -357,7 +366,7 @@ def test_without_a_fuse_device_mounting_says_what_is_lacking(
 def test_without_a_device_directory_mounting_says_what_is_lacking(
     named: Casfs, mountpoint: Path, namespace: Namespace
 ) -> None:
-    namespace.run("mkdir -p /mnt && mount -t tmpfs tmpfs /mnt && cp -a /dev/null /dev/urandom /mnt && mount --bind /mnt /dev")
+    namespace.run("mount -t tmpfs tmpfs /mnt; cp -a /dev/null /dev/urandom /mnt; mount --bind /mnt /dev")
     inside = named.within(namespace)
     assert "there is no /dev/fuse" in inside.fails(Exit.MOUNT, "mount", "m", mountpoint)
 

@@ -38,9 +38,7 @@ def test_a_mount_shows_the_tree_until_it_is_unmounted(
     assert named.ok("stats", "--json").json["leases"] == []
 
 
-def test_reads_through_passthrough_make_no_read_upcall(
-    named: Casfs, mountpoint: Path, requires: Requirements
-) -> None:
+def test_reads_through_passthrough_make_no_read_upcall(named: Casfs, mountpoint: Path, requires: Requirements) -> None:
     requires.admin()
     report = named.ok("mount", "m", mountpoint, "--json").json
     assert set(report) == {"mountpoint", "engine", "why", "root", "missing", "pid"}
@@ -165,9 +163,7 @@ def test_two_daemons_share_a_store(named: Casfs, tree: Path, mountpoint: Path) -
     assert named.ok("verify", "--json").json["clean"] is True
 
 
-def test_collecting_spares_what_is_mounted_though_its_manifest_was_removed(
-    named: Casfs, mountpoint: Path
-) -> None:
+def test_collecting_spares_what_is_mounted_though_its_manifest_was_removed(named: Casfs, mountpoint: Path) -> None:
     named.ok("mount", "m", mountpoint)
     named.ok("manifest", "remove", "m")
     assert named("gc", "--high", "0", "--grace", "0").code == Exit.NO

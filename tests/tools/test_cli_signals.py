@@ -29,11 +29,11 @@ def assert_clean(casfs: Casfs) -> None:
     assert casfs.ok("verify", "--json").json["clean"] is True
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
-    """A tree that takes a second or more to add: fsync of nothing yet, but thousands of files."""
-    top = tmp_path / "many"
-    for directory in range(30):
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree whose adding takes a moment: thousands of small files."""
+    top = tmp_path_factory.mktemp("tree") / "many"
+    for directory in range(20):
         (top / str(directory)).mkdir(parents=True)
         for number in range(200):
             (top / str(directory) / str(number)).write_bytes(b"%d %d\n" % (directory, number) * 100)
@@ -41,18 +41,18 @@ def many(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("number", "code", "said"), SIGNALS)
-@pytest.mark.parametrize("verb", ["add many", "manifest create m many", "manifest create m --graft a/b=many"])
+@pytest.mark.parametrize("verb", ["add {}", "manifest create m {}", "manifest create m --graft a/b={}"])
 def test_a_signal_while_a_tree_is_added(
     casfs: Casfs, many: Path, verb: str, number: int, code: Exit, said: bytes
 ) -> None:
-    process = casfs.start(*verb.split())
+    process = casfs.start(*verb.format(many).split())
     wait_until(lambda: unpublished(casfs))
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (code, b"", said)
     assert_clean(casfs)
     assert casfs.ok("manifest", "list", "--names").out == ""
-    casfs.ok("manifest", "create", "m", "many")
+    casfs.ok("manifest", "create", "m", many)
 
 
 @pytest.mark.parametrize(("number", "code", "said"), SIGNALS)
@@ -70,9 +70,7 @@ def test_a_signal_while_a_stream_is_added(casfs: Casfs, number: int, code: Exit,
 
 
 @pytest.mark.parametrize(("number", "code", "said"), SIGNALS)
-def test_a_signal_while_files_are_checked_out(
-    casfs: Casfs, many: Path, number: int, code: Exit, said: bytes
-) -> None:
+def test_a_signal_while_files_are_checked_out(casfs: Casfs, many: Path, number: int, code: Exit, said: bytes) -> None:
     casfs.ok("manifest", "create", "m", many)
     out = casfs.directory / "out"
     process = casfs.start("checkout", "m", out)
@@ -88,7 +86,7 @@ def test_a_signal_while_files_are_checked_out(
 @pytest.mark.parametrize(("number", "code", "said"), SIGNALS)
 def test_a_signal_while_reading_a_text_from_a_terminal(casfs: Casfs, number: int, code: Exit, said: bytes) -> None:
     process = casfs.start("manifest", "import", "m", "-", stdin=subprocess.PIPE)
-    wait_until(lambda: (casfs.store / "format").exists())
+    wait_until((casfs.store / "format").exists)
     process.send_signal(number)
     assert process.communicate(timeout=30) == (b"", said)
     assert process.returncode == code
@@ -108,7 +106,7 @@ def test_signals_right_at_the_start_never_show_a_traceback(casfs: Casfs) -> None
     # Whatever happens before `main` runs is Python's; from there on it is ours.
     program = (
         "import os, signal, sys, tools.main, tools.config as c\n"
-        f"def load(*_): os.kill(os.getpid(), int(sys.argv.pop())); raise AssertionError\n"
+        "def load(*_): os.kill(os.getpid(), int(sys.argv.pop())); raise AssertionError\n"
         "c.load_settings = load\nsys.exit(tools.main.main(['stats']))"
     )
     for number, code, said in SIGNALS:

@@ -107,7 +107,8 @@ def test_bash_completes_verbs_options_and_manifests(casfs: Casfs, tree: object) 
     script = casfs.ok("completion", "bash").out
     asked = (
         f'casfs() {{ {" ".join(casfs.command)} "$@"; }}\n'
-        'complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_casfs; echo "${COMPREPLY[*]}"; }\n'
+        'complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); '
+        '_shtab_casfs; echo "${COMPREPLY[*]}"; }\n'
         "complete_words casfs mani\ncomplete_words casfs manifest crea\ncomplete_words casfs mount hea\n"
         "complete_words casfs mount --eng\n"
     )
@@ -141,8 +142,10 @@ def test_an_unexpected_error_is_one_line_and_the_traceback_comes_only_when_asked
     command = [
         sys.executable,
         "-c",
-        "import sys, tools.commands.add as add, tools.main\n"
-        "def run(*_): raise RuntimeError('strange')\nadd.run = run\nsys.exit(tools.main.main(sys.argv[1:]))",
+        (
+            "import sys, tools.commands.add as add, tools.main\n"
+            "def run(*_): raise RuntimeError('strange')\nadd.run = run\nsys.exit(tools.main.main(sys.argv[1:]))"
+        ),
     ]
     quiet = subprocess.run([*command, "add"], capture_output=True, text=True, env=casfs.environment, check=False)
     assert quiet.returncode == Exit.NO

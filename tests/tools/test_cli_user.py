@@ -49,9 +49,7 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(named: Casfs, tree: Path, en
     assert named.ok("stats", "--json").json["leases"] == []
 
 
-def test_what_an_ordinary_user_may_not_says_what_would_help(
-    named: Casfs, namespace: Namespace, tmp_path: Path
-) -> None:
+def test_what_an_ordinary_user_may_not_says_what_would_help(named: Casfs, namespace: Namespace, tmp_path: Path) -> None:
     assert "--engine fuse" in named.fails(Exit.MOUNT, "mount", "m", "mnt", "--engine", "passthrough")
     foreign = tmp_path / "foreign"
     foreign.mkdir(mode=0o755)

@@ -16,7 +16,9 @@ import pytest
 from tests.conftest import Requirements, find_mounts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SECONDS = 110
+SECONDS = 220
+
+pytestmark = pytest.mark.timeout(SECONDS + 60)
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ casfs stats ./mnt --json | jq .upcalls.READ
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs stats`` takes."""
-    mountpoint = parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="of this mount; without: of the store")
+    mountpoint = parser.add_argument(
+        "mountpoint", metavar="MOUNTPOINT", nargs="?", help="of this mount; without: of the store"
+    )
     complete(mountpoint, "directory")
     parser.add_argument(
         "--json",

@@ -17,7 +17,9 @@ casfs umount --lazy ./mnt             # even while files are open there
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs umount`` takes."""
-    complete(parser.add_argument("directories", metavar="MOUNTPOINT", nargs="+", help="where it is mounted"), "directory")
+    complete(
+        parser.add_argument("directories", metavar="MOUNTPOINT", nargs="+", help="where it is mounted"), "directory"
+    )
     parser.add_argument(
         "--lazy", action="store_true", help="take the name away now, the rest when files still open there are closed"
     )
