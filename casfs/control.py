@@ -61,6 +61,12 @@ def _socket_of(mount: Mount) -> Path:
     return runtime_directory() / f"{mount.device[0]}-{mount.device[1]}.sock"
 
 
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    # A connect that finds the queue full fails at once (EAGAIN), as a client has a timeout.
+    request_queue_size = 128
+
+
 class ControlServer:
     """Answers requests about one mount until `close`."""
 
@@ -78,9 +84,8 @@ class ControlServer:
         with _names_locked(self._path.parent), _short_path(self._path) as address:
             # A daemon that was killed leaves its socket; its device number is ours now.
             self._path.unlink(missing_ok=True)
-            self._server = socketserver.ThreadingUnixStreamServer(address, Handler)
+            self._server = _Server(address, Handler)
             self._identity = self._path.stat(follow_symlinks=False).st_ino
-        self._server.daemon_threads = True
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._thread.start()

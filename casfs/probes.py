@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -97,14 +98,22 @@ def probe_passthrough(file: Path) -> Probe:
         )
     if problem := find_device_problem():
         return Probe(False, *problem)
-    return _in_child(lambda: _try_passthrough(file))
+    return _in_child(lambda: _try_passthrough(file), "use --engine fuse")
 
 
 def _try_passthrough(file: Path) -> Probe:
     contents = _OneContent(file, read_only=True)
     _leave_mount_namespace()
-    # Over the directory the file is in: nothing has to be made, and nobody else sees it.
-    upcalls = _read_through(contents, file.parent, passthrough=True)
+    try:
+        # Over the directory the file is in: nothing has to be made, and nobody else sees it.
+        upcalls = _read_through(contents, file.parent, passthrough=True)
+    except PermissionError:
+        return Probe(
+            False,
+            "the kernel let this process mount, but not register a file for passthrough: "
+            "that needs CAP_SYS_ADMIN in the initial user namespace",
+            "mount from outside of the user namespace, or use --engine fuse",
+        )
     if upcalls:
         return Probe(False, f"a file was read with {upcalls} READ upcalls in spite of passthrough", "use --engine fuse")
     return Probe(True, "a registered file was read through a mount with no READ upcall")
@@ -116,7 +125,7 @@ def probe_mount(file: Path) -> Probe:
     Without CAP_SYS_ADMIN the mount is made by fusermount3, in a new directory
     beside the file, and taken away again.
     """
-    return _in_child(lambda: _try_mount(file))
+    return _in_child(lambda: _try_mount(file), "see the findings above")
 
 
 def _try_mount(file: Path) -> Probe:
@@ -168,18 +177,20 @@ def probe_pyfuse3() -> Probe:
 _PROBE_SECONDS = 10
 
 
-def _in_child(probe: Callable[[], Probe]) -> Probe:
-    """Run a probe in a child process, which takes its namespaces and mounts with it."""
+def _in_child(probe: Callable[[], Probe], remedy: str) -> Probe:
+    """Run a probe in a child, which takes its namespaces and mounts with it; `remedy` is for what it doesn't name itself."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_PROBE_SECONDS)
+        # What fails is the probe's answer, nothing for a log.
+        logging.disable()
         try:
             try:
                 result = probe()
             except (OSError, CasfsError) as error:
-                result = Probe(False, str(error), "use --engine fuse")
+                result = Probe(False, str(error), remedy)
             os.write(writing, json.dumps(asdict(result)).encode())
         finally:
             os._exit(0)
@@ -188,5 +199,5 @@ def _in_child(probe: Callable[[], Probe]) -> Probe:
         text = pipe.read()
     os.waitpid(child, 0)
     if not text:
-        return Probe(False, "the probe crashed or hung", "use --engine fuse, and report this")
+        return Probe(False, "the probe crashed or hung", remedy)
     return Probe(**json.loads(text))

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from store.blobs import Blobs, unpack_row
 from store.digest import Digest, DigestFunction
-from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, printable
+from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, printable, split_path
 from store.errors import BadInput, BadManifest, DigestMismatch, MissingBlob
 from store.index import Index, Table
 from store.ingest import Ingest, Transfer
@@ -86,6 +86,10 @@ class Importer:
         Raises BadInput for what can't be in a tree, BadManifest where two
         grafts have the same path.
         """
+        grafts = list(grafts)
+        for at, _ in grafts:
+            if at:
+                split_path(at, "graft")
         scanned = [(at, scan_directory(top, options.excluded, keep_mtime=options.keep_mtime)) for at, top in grafts]
         with self._building(options.function) as (ingest, builder):
             roots = [(at, self._add_scanned(top, options, ingest, builder, progress)) for at, top in scanned]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import threading
 import time
@@ -42,6 +43,7 @@ _GATE_SECONDS = 0.0005
 """Between two looks whether all views have ended: the map grows about once in the life of a store."""
 _GATE_SECONDS = 0.0005
 """Between two looks whether all views have ended: the map grows about once in the life of a store."""
+_PATIENCE_SECONDS = 0.05
 
 
 class Table(Enum):
@@ -71,7 +73,7 @@ class _Gate:
     __slots__ = ("_closed", "_growing", "_inside")
 
     def __init__(self) -> None:
-        self._inside: set[int] = set()
+        self._inside: set[int | None] = set()
         self._closed = False
         self._growing = threading.Lock()
 
@@ -92,15 +94,18 @@ class _Gate:
         self._inside.discard(thread)
 
     @contextmanager
-    def alone(self, thread: int | None = None) -> Iterator[None]:
-        """Nobody is inside but perhaps `thread`, and nobody enters."""
-        allowed = {thread} if thread is not None else set()
+    def alone(self, thread: int | None = None, patience: float = math.inf) -> Iterator[bool]:
+        """Nobody enters, and nobody is inside but perhaps `thread`; False if that took over `patience` seconds."""
+        allowed = {thread}
+        deadline = time.monotonic() + patience
         with self._growing:
             self._closed = True
             try:
-                while self._inside - allowed:
+                while others := self._inside - allowed:
+                    if time.monotonic() >= deadline:
+                        break
                     time.sleep(_GATE_SECONDS)
-                yield
+                yield not others
             finally:
                 self._closed = False
 
@@ -304,9 +309,11 @@ class Index:
                 if isinstance(error, lmdb.Error):
                     self._raise_unusable(error)
                 raise
-            # Another process made the map larger: take over its size.
-            with self._gate.alone():
-                self._env.set_mapsize(0)
+            # Another process made the map larger: take over its size. Not patiently: an update
+            # that has begun may be waiting for us to end this, see `_give_up`.
+            with self._gate.alone(patience=_PATIENCE_SECONDS) as alone:
+                if alone:
+                    self._env.set_mapsize(0)
 
     def _end(self, view: View) -> None:
         view._txn.abort()
