@@ -178,7 +178,7 @@ _PROBE_SECONDS = 10
 
 
 def _in_child(probe: Callable[[], Probe], remedy: str) -> Probe:
-    """Run a probe in a child, which takes its namespaces and mounts with it; `remedy` is for what it doesn't name itself."""
+    """Run a probe in a child, which takes its namespaces and mounts with it; `remedy` is for what it can't explain."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

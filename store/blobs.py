@@ -105,8 +105,10 @@ class Blobs:
         return self._directory
 
     def close(self) -> None:
-        """Close the descriptor of the directory."""
-        os.close(self._directory)
+        """Close the descriptor of the directory; harmless when repeated."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
 
     @contextmanager
     def publishing(self) -> Iterator[None]:

@@ -113,7 +113,7 @@ def _make_directory(layout: Layout, marker: Path) -> None:
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         expected = {directory.name for directory in layout.directories()}
-        if any(entry.name not in expected for entry in os.scandir(layout.root)) and not marker.exists():
+        if not expected.issuperset(os.listdir(layout.root)) and not marker.exists():
             raise StoreUnusable(f"{layout.root} is not empty and no store: choose an empty or new directory")
         for directory in layout.directories():
             directory.mkdir(exist_ok=True)

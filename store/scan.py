@@ -55,12 +55,14 @@ def exclude_globs(globs: Sequence[str]) -> Excluded:
 
     A pattern without a slash is compared with the last component (``*.pyc``,
     ``.git``), one with a slash with the whole relative path (``build/*``); ``*``
-    also matches slashes. A directory that matches is not looked into.
+    also matches slashes. A slash at the end means nothing, one at the beginning
+    only what is at the top. A directory that matches is not looked into.
     """
-    names = [fnmatch.translate(glob) for glob in globs if "/" not in glob.strip("/")]
-    paths = [fnmatch.translate(glob.strip("/")) for glob in globs if "/" in glob.strip("/")]
-    name_match = re.compile("|".join(names).encode()) if names else None
-    path_match = re.compile("|".join(paths).encode()) if paths else None
+    globs = [glob.rstrip("/") for glob in globs]
+    names = [fnmatch.translate(glob) for glob in globs if "/" not in glob]
+    paths = [fnmatch.translate(glob.lstrip("/")) for glob in globs if "/" in glob]
+    name_match = re.compile(os.fsencode("|".join(names))) if names else None
+    path_match = re.compile(os.fsencode("|".join(paths))) if paths else None
 
     def excluded(path: bytes) -> bool:
         if name_match is not None and name_match.match(path.rpartition(b"/")[2]):

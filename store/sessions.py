@@ -34,7 +34,12 @@ class Session:
     def close(self) -> None:
         """Remove the directory; harmless when repeated."""
         if self._lock >= 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            # Renamed first: a signal that interrupts the start of a thread pool leaves a thread that nobody
+            # waits for, and what that still tries to write must find no directory.
+            closed = self.directory.with_name(f"{self.directory.name}-closed")
+            with suppress(OSError):
+                os.rename(self.directory, closed)
+            shutil.rmtree(closed, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 

@@ -83,12 +83,16 @@ def test_a_store_that_is_none_or_cannot_be_used_is_named(tmp_path: Path) -> None
     assert "broken" in found.detail and "--store" in found.remedy
 
 
-def test_a_probe_that_crashes_or_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash() -> Probe:
+def test_a_probe_that_crashes_or_hangs_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, requires: Requirements
+) -> None:
+    requires.fuse()
+
+    def crash(file: Path) -> Probe:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    def hang() -> Probe:
+    def hang(file: Path) -> Probe:
         while True:
             os.read(reading, 1)
 
@@ -96,7 +100,10 @@ def test_a_probe_that_crashes_or_hangs_is_a_finding(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(probes, "_PROBE_SECONDS", 1)
     try:
         for broken in (crash, hang):
-            assert not probes._in_child(broken).ok
+            monkeypatch.setattr(probes, "_try_mount", broken)
+            probe = probes.probe_mount(tmp_path / "file")
+            assert not probe.ok
+            assert "crashed or hung" in probe.detail
     finally:
         os.close(reading)
         os.close(writing)

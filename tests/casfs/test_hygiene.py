@@ -42,14 +42,14 @@ def test_leaves_nothing(tmp_path):
 '''
 
 
-def run_litter(tmp_path: Path, *options: str) -> tuple[int, str]:
-    """Exit code and output of a run of these tests with the project's hygiene."""
+def run_litter(tmp_path: Path, seconds: str, *options: str) -> tuple[int, str]:
+    """Exit code and output of a run of these tests with the project's hygiene; `seconds` marks its daemon."""
     top = tmp_path / "project"
     (top / "tests").mkdir(parents=True)
     (top / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
     hygiene = (REPOSITORY / "tests" / "conftest.py").read_text()
     (top / "tests" / "conftest.py").write_text(re.sub(r"(_GRACE_SECONDS) = [\d.]+", r"\1 = 0.3", hygiene))
-    (top / "tests" / "test_litter.py").write_text(LITTER)
+    (top / "tests" / "test_litter.py").write_text(LITTER.replace("1001", seconds))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", f"--basetemp={tmp_path}/base", "-p", "no:cacheprovider", *options],
         cwd=top,
@@ -78,16 +78,18 @@ def test_leftovers_are_named_fail_the_run_and_are_gone(
     tmp_path: Path, requires: Requirements, options: tuple[str, ...]
 ) -> None:
     requires.loop_devices()
-    code, output = run_litter(tmp_path, *options)
+    # A number of our own: the same test may run beside this one.
+    seconds = str(100_000 + os.getpid())
+    code, output = run_litter(tmp_path, seconds, *options)
     assert code == 1, output
     assert "a tmpfs mount at" in output
     assert "sleep 1000" in output
-    assert "sleep 1001" in output
+    assert f"sleep {seconds}" in output
     assert "/dev/loop" in output
     assert "5 passed" in output, "the tests themselves did nothing wrong"
     below = os.fsencode(tmp_path)
     assert not [mount for mount in list_mounts() if mount.path.startswith(below)]
-    assert not processes_named(b"1001"), output
+    assert not processes_named(seconds.encode()), output
     loops = subprocess.run(["losetup", "-l", "-O", "BACK-FILE"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in loops
 
