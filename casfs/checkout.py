@@ -20,9 +20,9 @@ import errno
 import os
 import resource
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -332,15 +332,15 @@ class _Checkout:
         """Write everything below `root` into the open directory."""
         _raise_descriptor_limit()
         pool = ThreadPoolExecutor(self._workers, "checkout")
-        jobs: set[Future[None]] = set()
+        # In order, not whichever is done first: `concurrent.futures.wait` holds the locks of many futures, and
+        # keeps them where a signal's exception interrupts it.
+        jobs: deque[Future[None]] = deque()
         try:
             with closing(self._submit(pool, root, descriptor)) as started:
                 for job in started:
-                    jobs.add(job)
+                    jobs.append(job)
                     if len(jobs) > 4 * self._workers:
-                        done, jobs = wait(jobs, return_when=FIRST_COMPLETED)
-                        for finished in done:
-                            finished.result()
+                        jobs.popleft().result()
             for job in jobs:
                 job.result()
         except BaseException:

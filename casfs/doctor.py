@@ -99,7 +99,7 @@ def _examine_store(store_root: Path) -> Finding:
     how = "open it"
     near = _existing(store_root)
     kind = mount_above(os.fsencode(os.path.realpath(near)), list_mounts()).kind
-    place = f"{store_root} on {kind}, {shutil.disk_usage(near).free >> 20} MiB free"
+    place = f"{store_root} on {kind}, {shutil.disk_usage(near).free / 2**30:.1f} GiB free"
     try:
         with Store.open(store_root, create=False):
             return Finding("store", True, how, place)

@@ -3,7 +3,7 @@
 `start` returns once the mount is usable. The daemon is a fork of the caller
 that has let go of its terminal; it opens the store itself (an LMDB environment
 must not cross a fork), holds a lease on the tree as long as it lives, and ends
-when it is unmounted. SIGTERM and SIGINT make it unmount.
+when it is unmounted. SIGTERM, SIGINT and SIGHUP make it unmount.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _unmounting_on_failure(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _unmounting_on_signals(path: Path) -> Iterator[None]:
-    """SIGTERM and SIGINT take the mount away; the session then ends by itself, or after a grace period."""
+    """SIGTERM, SIGINT and SIGHUP take the mount away; the session then ends by itself, or after a grace period."""
 
     def end(number: int, _: Any) -> None:
         with suppress(CasfsError):
@@ -247,7 +247,7 @@ def _unmounting_on_signals(path: Path) -> Iterator[None]:
     def give_up(number: int, _: Any) -> None:
         raise SystemExit(0)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -15,12 +15,20 @@ CHUNK = 2 << 20
 is cut short meanwhile is a short read and not a SIGBUS."""
 
 
+_SHARE_FROM = 8 << 20
+"""A file of this size is worth starting threads for."""
+
+
 def hasher_for(function: DigestFunction, size: int) -> Hasher:
-    """A hasher for so many bytes: BLAKE3 takes all cores where there is enough to share."""
-    if function is DigestFunction.BLAKE3 and size >= CHUNK:
+    """A hasher for so many bytes: BLAKE3 takes all cores where there is enough to share.
+
+    By threads of its own: those that `blake3.AUTO` shares in a process are gone
+    in its children, and a daemon that was forked would wait for them for ever.
+    """
+    if function is DigestFunction.BLAKE3 and size >= _SHARE_FROM and (cores := os.cpu_count() or 1) > 1:
         from blake3 import blake3
 
-        return blake3(max_threads=blake3.AUTO)
+        return blake3(max_threads=cores)
     return function.new()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from store.blobs import pack_row, unpack_row
 from store.digest import Digest, DigestFunction
 from store.errors import StoreUnusable
-from store.gc import Collected
+from store.gc import GRACE_SECONDS, Collected
 from store.importing import ScanOptions
 from store.index import Change, Table
 from store.layout import blob_path
@@ -56,8 +58,10 @@ def _tree(store: Store, top: Path, age: int = 100_000) -> Directory:
     return tree
 
 
-def _collect(store: Store, high: int = 0, low: int = 0, **options: int) -> Collected:
-    return store.collector.collect(high, low, **options)
+def _collect(
+    store: Store, high: int = 0, low: int = 0, *, grace: int = GRACE_SECONDS, dry_run: bool = False
+) -> Collected:
+    return store.collector.collect(high, low, grace=grace, dry_run=dry_run)
 
 
 def test_the_least_recently_used_go_until_the_low_water_mark(store: Store) -> None:
@@ -92,18 +96,17 @@ def test_a_dry_run_removes_nothing(store: Store) -> None:
 @pytest.mark.parametrize("holder", ["manifest", "lease"])
 def test_what_a_manifest_or_a_lease_reaches_stays_until_it_ends(store: Store, tmp_path: Path, holder: str) -> None:
     tree = _tree(store, tmp_path / "top")
+    end: Callable[[], object]
     if holder == "manifest":
         store.manifests.put("name", tree.digest, "", replace=False)
+        end = partial(store.manifests.remove, "name")
     else:
-        lease = store.leases.acquire("test", [tree.digest], "a test")
+        end = store.leases.acquire("test", [tree.digest], "a test").release
     result = _collect(store)
     assert result.removed_blobs == 0
     assert result.pinned_bytes >= 2 * SIZE
     assert store.manifests.count_missing(tree.digest) == 0
-    if holder == "manifest":
-        store.manifests.remove("name")
-    else:
-        lease.release()
+    end()
     assert _collect(store).removed_bytes >= 2 * SIZE
     assert list(store.blobs.files()) == []
     with store.index.view() as view:

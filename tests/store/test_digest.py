@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_text_and_key_say_the_same_digest(digest: Digest) -> None:
     assert Digest.from_key(digest.key, digest.size) == digest
 
 
-@pytest.mark.parametrize("size", [0, 1, 1024, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
+@pytest.mark.parametrize("size", [0, 1, 1024, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 7])
 def test_files_and_memory_have_the_digest_the_libraries_say(tmp_path: Path, size: int) -> None:
     data = os.urandom(size)
     expected = {DigestFunction.SHA256: hashlib.sha256(data).digest(), DigestFunction.BLAKE3: blake3(data).digest()}
@@ -71,3 +72,19 @@ def test_malformed_digests_are_refused_with_what_is_wrong(text: str, why: str) -
 
 def test_a_hash_is_sixty_four_lower_case_digits() -> None:
     assert parse_hash("0f" * 32) == b"\x0f" * 32
+
+
+@pytest.mark.parametrize("function", DigestFunction)
+def test_a_child_can_hash_a_large_file_after_its_parent_did(tmp_path: Path, function: DigestFunction) -> None:
+    (tmp_path / "file").write_bytes(bytes(10 << 20))
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        hash_descriptor(descriptor, function)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # what it would wait for never comes
+            hash_descriptor(descriptor, function)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from random import Random
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -40,9 +43,9 @@ ENTRIES = st.sets(NAMES, max_size=8).flatmap(lambda names: st.tuples(*map(_entry
 
 
 @given(ENTRIES, st.randoms())
-def test_entries_come_back_whatever_order_they_went_in(entries: list[Entry], chance: object) -> None:
+def test_entries_come_back_whatever_order_they_went_in(entries: list[Entry], chance: Random) -> None:
     shuffled = list(entries)
-    chance.shuffle(shuffled)  # type: ignore[attr-defined]
+    chance.shuffle(shuffled)
     message = encode_directory(shuffled)
     assert message == encode_directory(entries)
     assert decode_directory(message, BLAKE3) == entries
@@ -55,8 +58,8 @@ def test_messages_are_canonical(entries: list[Entry]) -> None:
     assert [number for number, _ in fields] == sorted(number for number, _ in fields)
     for kind in (1, 2, 3):
         nodes = [list(_read(payload)) for number, payload in fields if number == kind and isinstance(payload, bytes)]
-        names = [dict(node)[1] for node in nodes]
-        assert names == sorted(names)  # type: ignore[type-var]
+        names = [name for node in nodes for number, name in node if number == 1 and isinstance(name, bytes)]
+        assert names == sorted(names)
         for node in nodes:
             assert [number for number, _ in node] == sorted(number for number, _ in node)
             assert 0 not in [value for _, value in node], "a default is written"
@@ -125,10 +128,8 @@ def test_the_empty_directory_is_the_empty_message() -> None:
 @example(b"\x0b")
 @example(b"\xff" * 12)
 def test_any_bytes_are_a_directory_or_bad(message: bytes) -> None:
-    try:
+    with suppress(BadTree):
         decode_directory(message, BLAKE3)
-    except BadTree as error:
-        assert "not a valid Directory message" in str(error)
 
 
 @given(ENTRIES.filter(bool), st.data())
@@ -141,10 +142,8 @@ def test_a_message_cut_short_or_changed_in_a_byte_is_another_directory_or_bad(
         del message[position:]
     else:
         message[position] ^= data.draw(st.integers(1, 255))
-    try:
+    with suppress(BadTree):
         decode_directory(bytes(message), BLAKE3)
-    except BadTree:
-        pass
 
 
 def _node(field: int, name: bytes, rest: bytes) -> bytes:

@@ -144,7 +144,12 @@ def _messages(store: Store) -> tuple[Digest, Digest]:
         file = ingest.add_bytes(b"int x;\n", SHA256)
         inner = ingest.add_bytes(encode_directory([FileEntry(b"x.c", file, False)]), SHA256)
         empty = DirectoryEntry(b"empty", SHA256.of(b""))
-        twice = [DirectoryEntry(b"a", inner), DirectoryEntry(b"b", inner), empty, SymlinkEntry(b"l", b"a/x.c")]
+        twice: list[Entry] = [
+            DirectoryEntry(b"a", inner),
+            DirectoryEntry(b"b", inner),
+            empty,
+            SymlinkEntry(b"l", b"a/x.c"),
+        ]
         return ingest.add_bytes(encode_directory(twice), SHA256), inner
 
 

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -25,12 +26,14 @@ def _in_children(count: int, work: Callable[[int], None]) -> None:
     for number in range(count):
         child = os.fork()
         if child == 0:
+            status = 1
             try:
                 work(number)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+                status = 0
+            finally:
+                if status:
+                    traceback.print_exc()
+                os._exit(status)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * count
 
@@ -70,7 +73,7 @@ def test_a_store_of_a_newer_format_says_so_and_stops(store: Store, marker: bytes
 def test_a_marker_that_says_nothing_is_refused(store: Store, marker: bytes) -> None:
     store.index.close()
     store.layout.marker.write_bytes(marker)
-    with pytest.raises(StoreUnusable, match="is .* a store"):
+    with pytest.raises(StoreUnusable, match=r"is .* a store"):
         Store.open(store.layout.root)
 
 
@@ -81,23 +84,24 @@ def test_a_store_with_a_part_missing_names_it(store: Store) -> None:
         Store.open(store.layout.root)
 
 
-def test_an_unwritable_store_is_refused_with_what_to_do(tmp_path: Path, requires: Requirements) -> None:
+def test_an_unwritable_store_is_refused_with_what_to_do(requires: Requirements) -> None:
     requires.condition(os.geteuid() == 0, "being root, to become another user")
-    root = tmp_path / "store"
-    Store.open(root).close()
-    for path in [tmp_path, *tmp_path.parents]:
-        if path.is_relative_to("/tmp/pytest-of-root") or path.name.startswith("pytest-"):
-            path.chmod(path.stat().st_mode | 0o055)
+    # Not below tmp_path, which other users may not enter.
+    with TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        root = Path(top) / "store"
+        Store.open(root).close()
 
-    def work(_: int) -> None:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-        for place, why in ((root, "can't be written by this user; choose another"), (tmp_path / "new", "can't make")):
-            with pytest.raises(StoreUnusable, match=why):
-                Store.open(place)
+        def work(_: int) -> None:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            with pytest.raises(StoreUnusable, match="can't be written by this user; choose another with --store"):
+                Store.open(root)
+            with pytest.raises(StoreUnusable, match=r"can't make a store in .*Permission denied"):
+                Store.open(Path(top) / "new")
 
-    _in_children(1, work)
+        _in_children(1, work)
 
 
 def test_litter_of_killed_processes_goes_at_the_next_start(store: Store, tmp_path: Path) -> None:
@@ -168,9 +172,10 @@ def test_a_failed_naming_leaves_the_old_name_in_the_file_too(store: Store, monke
 
         update(run_and_fail)
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match="on purpose"):
+    with monkeypatch.context() as patch:
         patch.setattr(store.index, "update", fail)
-        store.manifests.put("name", two, "", replace=True)
+        with pytest.raises(StoreError, match="on purpose"):
+            store.manifests.put("name", two, "", replace=True)
     assert (store.layout.manifests / "name.json").read_bytes() == before
     assert store.manifests.get("name").root == one
 

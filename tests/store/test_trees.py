@@ -20,8 +20,8 @@ from store.trees import WAYPOINT_EVERY, Directory, Row, entry_at, find_directory
 
 BLAKE3 = DigestFunction.BLAKE3
 NAMES = st.sampled_from([b"a", b"b", b"ab", b"a-b", b"a.b", b"\xff", b"n" * 255, b"0"])
-TREES = st.dictionaries(NAMES, st.deferred(lambda: st.integers(0, 3) | TREES), max_size=4)
 Tree = dict[bytes, "int | Tree"]
+TREES: st.SearchStrategy[Tree] = st.dictionaries(NAMES, st.deferred(lambda: st.integers(0, 3) | TREES), max_size=4)
 SHARED_STORE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 
 
