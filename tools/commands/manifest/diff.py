@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import heapq
-from collections.abc import Iterator
-from itertools import groupby
-from operator import itemgetter
-from typing import NamedTuple
 
+from store.compare import Difference, compare_trees
 from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, SymlinkEntry
-from store.index import View
-from store.manifest_text import path_order, quote
+from store.manifest_text import quote
 from store.repository import Store
-from store.trees import Directory, walk
 from tools.commands._resolve import add_manifest_argument, get_root
 from tools.config import Settings
 from tools.exits import Exit
@@ -37,7 +31,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     with Store.open(settings.store, create=False) as store:
         old, new = get_root(store, args.old), get_root(store, args.new)
         with store.index.view() as view:
-            differences = list(_compare(view, old.directory, new.directory))
+            differences = list(compare_trees(view, old.directory, new.directory))
     if args.json:
         print_json([_as_json(difference) for difference in differences])
     else:
@@ -46,42 +40,23 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     return Exit.NO if differences else Exit.OK
 
 
-class _Difference(NamedTuple):
-    path: bytes
-    old: Entry | None
-    new: Entry | None
-
-    @property
-    def change(self) -> str:
-        if self.old is None:
-            return "added"
-        return "removed" if self.new is None else "changed"
+def _change(difference: Difference) -> str:
+    if difference.old is None:
+        return "added"
+    return "removed" if difference.new is None else "changed"
 
 
-def _compare(view: View, old: Directory, new: Directory) -> Iterator[_Difference]:
-    before = ((path, 0, entry) for path, entry in walk(view, old))
-    after = ((path, 1, entry) for path, entry in walk(view, new))
-    merged = heapq.merge(before, after, key=lambda item: path_order(item[0]))
-    for path, group in groupby(merged, key=itemgetter(0)):
-        sides: list[Entry | None] = [None, None]
-        for _, side, entry in group:
-            sides[side] = entry
-        both_directories = all(isinstance(entry, DirectoryEntry) for entry in sides)
-        if sides[0] != sides[1] and not both_directories:
-            yield _Difference(path, *sides)
-
-
-def _as_json(difference: _Difference) -> dict[str, object]:
+def _as_json(difference: Difference) -> dict[str, object]:
     return {
-        "change": difference.change,
+        "change": _change(difference),
         "path": quote(difference.path),
         "old": _describe(difference.old),
         "new": _describe(difference.new),
     }
 
 
-def _as_line(difference: _Difference) -> str:
-    letter = {"added": "A", "removed": "D", "changed": "M"}[difference.change]
+def _as_line(difference: Difference) -> str:
+    letter = {"added": "A", "removed": "D", "changed": "M"}[_change(difference)]
     what = f"  ({_describe(difference.old)} -> {_describe(difference.new)})" if letter == "M" else ""
     return f"{letter} {quote(difference.path)}{what}"
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import BinaryIO
 
-from store.entries import DirectoryEntry, Entry
 from store.errors import BadInput
 from store.manifest_text import format_manifest
 from store.repository import Store
-from store.trees import walk
+from store.trees import export_items
 from tools.commands import complete
 from tools.commands._resolve import add_manifest_argument, get_root
 from tools.config import Settings
@@ -36,22 +35,9 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     with Store.open(settings.store, create=False) as store:
         root = get_root(store, args.manifest)
         with _writing(args.file) as out, store.index.view() as view:
-            items = _without_full_directories(walk(view, root.directory))
+            items = export_items(view, root.directory)
             out.writelines(line.encode() for line in format_manifest(items, root.directory.digest.function))
     return 0
-
-
-def _without_full_directories(items: Iterable[tuple[bytes, Entry]]) -> Iterator[tuple[bytes, Entry | None]]:
-    """A walk as a manifest's text has it: of directories only the empty ones, as None."""
-    empty: bytes | None = None
-    for path, entry in items:
-        if empty is not None and not path.startswith(empty + b"/"):
-            yield empty, None
-        empty = path if isinstance(entry, DirectoryEntry) else None
-        if empty is None:
-            yield path, entry
-    if empty is not None:
-        yield empty, None
 
 
 @contextmanager
