@@ -112,6 +112,9 @@ class Importer:
         progress: Progress,
     ) -> Digest:
         order = top.in_postorder()
+        store = os.path.realpath(os.fsencode(self._layout.root))
+        if any(directory.path == store for directory in order):
+            raise BadInput(f"the store itself lies there: leave {printable(store)} out with --exclude")
         files = [(directory.path, file) for directory in order for file in directory.files]
         roots: dict[int, Digest] = {}
         with ExitStack() as stack:

@@ -133,6 +133,15 @@ def test_grafts_that_clash_are_refused(store: Store, sample_tree: Path, places: 
         store.importer.from_directories([(place, sample_tree) for place in places], ScanOptions())
 
 
+@pytest.mark.parametrize("reference", [False, True], ids=["copied", "by reference"])
+def test_a_directory_that_holds_the_store_is_refused(store: Store, tmp_path: Path, reference: bool) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(BadInput, match=r"the store itself lies there: .*--exclude"):
+        store.importer.from_directories([(b"", tmp_path)], ScanOptions(reference=reference))
+    left_out = ScanOptions(excluded=exclude_globs(["/store"]), reference=reference)
+    assert store.importer.from_directories([(b"", tmp_path)], left_out).files == 1
+
+
 def test_a_directory_that_is_none_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="is not a directory"):
         _scan(store, tmp_path / "missing")
