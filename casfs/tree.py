@@ -115,7 +115,8 @@ class ProjectedTree:
         directory = self._directories.get(node_id) or self._get_directory(node_id)
         with self._index.view() as view:
             for row in list_entries(view, directory.directory, cookie):
-                node = _node_of(node_id, row)
+                # What is listed is often opened next, and then asked for by its id alone.
+                node = self._remember(_node_of(node_id, row))
                 yield row.offset + node.nodes, row.entry.name, node
 
     def path_of(self, node_id: NodeId) -> bytes:

@@ -14,14 +14,13 @@ node is found again by descending (`entry_at`). Nothing is kept in memory.
 Rows (integers in keys big-endian, so that they sort; in values little-endian)
     DIRECTORIES  digest key                 → id, message size, nodes, files, bytes, subdirectories, references
     ENTRIES      directory id + name        → kind, flags, offset, then what the kind needs
-    WAYPOINTS    directory id + offset      → name, for every 64th entry: where to start looking for an offset
+    WAYPOINTS    directory id + offset      → name, for every 16th entry: where to start looking for an offset
 
 All functions take a `View` or `Change`; threading is theirs.
 """
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, Stam
 from store.errors import BadTree
 from store.index import Change, Table, View
 
-WAYPOINT_EVERY = 64
+WAYPOINT_EVERY = 16
 MAX_NODES = 1 << 32
 """More than any tree has, and few enough for all numbers made from node ids to fit their fields."""
 
@@ -39,6 +38,7 @@ _ID = struct.Struct(">Q")
 _ID_OFFSET = struct.Struct(">QQ")
 _SUMMARY = struct.Struct("<QQQQQII")
 _HEAD = struct.Struct("<BBQ")  # kind, flags, offset
+_OFFSET, _OFFSET_AT = struct.Struct("<Q"), 2
 _FILE = struct.Struct("<BBQB32sQ")  # head, function, hash, size
 _DIRECTORY = struct.Struct("<BBQB32sQQQI")  # head, function, hash, size, id, nodes, subdirectories
 _STAMP = struct.Struct("<QQQqq")
@@ -200,36 +200,35 @@ def find_entry(view: View, directory: int, name: bytes) -> Row | None:
 def entry_at(view: View, directory: int, offset: int) -> Row | None:
     """The entry whose span contains `offset`, or None past the end.
 
-    Two probes and at most 64 steps, whatever the size of the directory.
+    Two probes and at most `WAYPOINT_EVERY` steps, whatever the size of the directory.
     """
-    found = None
-    for row in _rows_around(view, directory, offset):
-        if row.offset > offset:
+    last = None
+    for key, value in _rows_around(view, directory, offset):
+        if _OFFSET.unpack_from(value, _OFFSET_AT)[0] > offset:
             break
-        found = row
-    if found is None or offset >= found.offset + found.nodes:
+        last = key, value
+    if last is None:
         return None
-    return found
+    found = _decode_row(last[0][_ID.size :], last[1])
+    return found if offset < found.offset + found.nodes else None
 
 
 def list_entries(view: View, directory: int, offset: int = 0) -> Iterator[Row]:
     """The entries from the first with an offset of at least `offset` on, in order of name."""
-    rows = _rows_around(view, directory, offset)
-    if not offset:
-        return rows
-    return itertools.dropwhile(lambda row: row.offset < offset, rows)
+    for key, value in _rows_around(view, directory, offset):
+        if not offset or _OFFSET.unpack_from(value, _OFFSET_AT)[0] >= offset:
+            yield _decode_row(key[_ID.size :], value)
 
 
-def _rows_around(view: View, directory: int, offset: int) -> Iterator[Row]:
-    """The entries from the last waypoint before `offset` on."""
+def _rows_around(view: View, directory: int, offset: int) -> Iterator[tuple[bytes, bytes]]:
+    """The rows, not decoded, of the entries from the last waypoint before `offset` on."""
     prefix = _ID.pack(directory)
     start = b""
     if offset >= WAYPOINT_EVERY:
         waypoint = view.last_at_or_before(Table.WAYPOINTS, _ID_OFFSET.pack(directory, offset))
         if waypoint is not None and waypoint[0].startswith(prefix):
             start = prefix + waypoint[1]
-    for key, value in view.scan(Table.ENTRIES, start, prefix):
-        yield _decode_row(key[_ID.size :], value)
+    return view.scan(Table.ENTRIES, start, prefix)
 
 
 def walk(view: View, root: Directory) -> Iterator[tuple[bytes, Entry]]:
