@@ -1,0 +1,62 @@
+"""What the README shows runs as shown: its five lines to a mount, every `make` target, every verb, every link."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Requirements
+
+TOP = Path(__file__).parent.parent
+README = (TOP / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_its_five_lines_lead_to_a_mount(tmp_path: Path, requires: Requirements) -> None:
+    requires.fuse()
+    first, *lines = BLOCKS[0].splitlines()
+    assert first.startswith("make setup && . .venv/bin/activate"), "what this test's environment stands for"
+    assert len(lines) == 4
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CASFS_STORE": str(tmp_path / "store"),
+    }
+    shown = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^files +[\d,]+, ", shown.stdout, re.MULTILINE)
+    if "engine        passthrough" in shown.stdout:
+        assert re.search(r"^  READ +0$", shown.stdout, re.MULTILINE), shown.stdout
+    assert not (tmp_path / "mnt").is_mount()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
+def test_its_make_targets_exist(target: str) -> None:
+    makefile = (TOP / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "verb", sorted(set(re.findall(r"(?:^|`|&& )casfs ([a-z]+(?: (?:create|list))?)\b", README, re.MULTILINE)))
+)
+def test_its_verbs_exist(verb: str) -> None:
+    help_text = [sys.executable, "-m", "tools.main", *verb.split(), "--help"]
+    subprocess.run(help_text, cwd=TOP, capture_output=True, timeout=30, check=True)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_what_it_links_to_is_there(target: str) -> None:
+    assert (TOP / target).exists()
