@@ -157,7 +157,13 @@ def call(mountpoint: Path, op: str, **arguments: Any) -> Any:
 
 
 def statistics(mountpoint: Path) -> dict[str, Any]:
-    """What the session behind a mount counted: ``engine``, ``upcalls`` by opcode and more."""
+    """What the session behind a mount counted: ``engine``, ``upcalls`` by opcode and more.
+
+    Of a mount of the kernel engine there is nothing more: no process serves it.
+    """
+    mount = find_mount(str(resolve_mountpoint(mountpoint)))
+    if mount is not None and mount.is_of_kernel_engine:
+        return {"engine": "kernel", "why": "no process serves this mount", "upcalls": {"READ": 0}}
     result: dict[str, Any] = call(mountpoint, "statistics")
     return result
 

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from store.leases import MOUNT_PREFIX
+
 FUSE_TYPE = "fuse.casfs"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
@@ -28,7 +30,12 @@ class Mount:
     @property
     def is_casfs(self) -> bool:
         """Whether casfs made it."""
-        return self.kind == FUSE_TYPE
+        return self.kind == FUSE_TYPE or self.is_of_kernel_engine
+
+    @property
+    def is_of_kernel_engine(self) -> bool:
+        """Whether it is one of casfs that no process serves."""
+        return self.kind == "overlay" and self.source.startswith(MOUNT_PREFIX)
 
 
 def parse_mountinfo(text: bytes) -> list[Mount]:

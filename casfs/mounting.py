@@ -42,7 +42,7 @@ from store.trees import find_directory
 
 log = logging.getLogger("casfs")
 
-ENGINES = ("auto", "passthrough", "fuse", "native")
+ENGINES = ("auto", "kernel", "passthrough", "fuse", "native")
 """What can be asked for. `native` is the native session without passthrough: reads go through the daemon."""
 
 _GRACE_SECONDS = 3.0
@@ -51,7 +51,7 @@ _GRACE_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class MountReport:
-    """How a mount came to be. `missing` counts blobs that are not in the store; `pid` is the daemon's."""
+    """How a mount came to be. `missing` counts blobs that are not in the store; `pid` is the daemon's, 0 for none."""
 
     engine: str
     why: str
@@ -117,16 +117,29 @@ def start(
     """Mount the interned tree `root`; `name` is its manifest, for the count of what is missing.
 
     Returns when the mount is usable; in the foreground, when it has ended
-    (`ready` is told when it is usable). The caller must have no store open.
+    (`ready` is told when it is usable), but for engine kernel, which needs
+    nobody. The caller must have no store open.
     Raises BadMountPoint, MissingCapability, MountError, StoreError.
     """
     path = check_mountpoint(mountpoint)
     chosen, why = choose_engine(engine, store_root)
+    if chosen == "kernel":
+        report = _mount_in_kernel(store_root, root, path, why)
+        ready(report)
+        return report
     if foreground:
         return _serve(store_root, root, path, chosen, why, name, ready)
     report = _fork_daemon(lambda tell: _serve(store_root, root, path, chosen, why, name, tell))
     ready(report)
     return report
+
+
+def _mount_in_kernel(store_root: Path, root: Digest, path: Path, why: str) -> MountReport:
+    from casfs.kernel_engine import mount_tree
+
+    with Store.open(store_root, create=False) as store:
+        mount_tree(store, root, path)
+    return MountReport("kernel", why, missing=0, pid=0)
 
 
 def choose_engine(wanted: str, store_root: Path) -> tuple[str, str]:
@@ -135,7 +148,7 @@ def choose_engine(wanted: str, store_root: Path) -> tuple[str, str]:
 
     if wanted not in ENGINES:
         raise MissingCapability(f"there is no engine {wanted!r}: choose one of {', '.join(ENGINES)}")
-    if wanted == "native":
+    if wanted in ("kernel", "native"):
         return wanted, "asked for"
     reason = "asked for"
     if wanted != "fuse":

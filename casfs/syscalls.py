@@ -40,6 +40,14 @@ def _fail(what: str) -> OSError:
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 
+def syscall(what: str, number: int, *arguments: object) -> int:
+    """syscall(2); `what` is for the error's text."""
+    result: int = _libc.syscall(number, *arguments)
+    if result < 0:
+        raise _fail(what)
+    return result
+
+
 def has_admin_capability() -> bool:
     """Whether this process has CAP_SYS_ADMIN in its user namespace: then it mounts by itself."""
     with open("/proc/self/status", "rb") as status:

@@ -162,17 +162,22 @@ class ProjectedTree:
 def _node_of(parent: NodeId, row: Row) -> Node:
     offset, entry, directory, nodes, subdirectories = row
     node_id = NodeId(parent + 1 + offset)
+    mode, size, mtime_ns = shown(entry)
+    nlink = 2 + subdirectories if directory else 1
+    return _new_tuple(Node, (node_id, mode, size, mtime_ns, nlink, entry, directory, nodes))
+
+
+def shown(entry: Entry) -> tuple[int, int, int]:
+    """What an entry is shown with: st_mode, size in bytes, modification time in nanoseconds since the epoch."""
     if isinstance(entry, FileEntry):
         mode = stat.S_IFREG | (0o555 if entry.executable else 0o444)
-        mtime_ns = FIXED_MTIME_NS if entry.mtime_ns is None else entry.mtime_ns
-        return _new_tuple(Node, (node_id, mode, entry.digest.size, mtime_ns, 1, entry, 0, 1))
+        return mode, entry.digest.size, FIXED_MTIME_NS if entry.mtime_ns is None else entry.mtime_ns
     if isinstance(entry, DirectoryEntry):
-        return Node(node_id, stat.S_IFDIR | 0o555, 0, FIXED_MTIME_NS, 2 + subdirectories, entry, directory, nodes)
+        return stat.S_IFDIR | 0o555, 0, FIXED_MTIME_NS
     if isinstance(entry, SymlinkEntry):
         mtime_ns = FIXED_MTIME_NS if entry.mtime_ns is None else entry.mtime_ns
-        return Node(node_id, stat.S_IFLNK | 0o777, len(entry.target), mtime_ns, 1, entry)
-    mode = stat.S_IFREG | (0o555 if entry.executable else 0o444)
-    return Node(node_id, mode, entry.stamp.size, entry.stamp.mtime_ns, 1, entry)
+        return stat.S_IFLNK | 0o777, len(entry.target), mtime_ns
+    return stat.S_IFREG | (0o555 if entry.executable else 0o444), entry.stamp.size, entry.stamp.mtime_ns
 
 
 def content_key(entry: FileEntry | ReferenceEntry) -> bytes:

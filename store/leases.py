@@ -23,6 +23,9 @@ from store.index import Change, Index, Table, View
 from store.layout import Layout
 from store.sessions import translated
 
+MOUNT_PREFIX = "casfs:"
+"""How the source of a mount that holds a lease begins."""
+
 
 class LeaseInfo(NamedTuple):
     """A lease as others see it; `since` in seconds since the epoch."""
@@ -49,11 +52,33 @@ class Lease:
         self._path.unlink(missing_ok=True)
         os.close(self._lock)
 
+    def leave_to_mount(self) -> None:
+        """Let the mount hold the lease whose source is `mount_source` of it: it lives until that is unmounted.
+
+        For mounts with no process behind. They are found in this process's
+        namespace and in that of process 1.
+        """
+        os.close(self._lock)
+
     def __enter__(self) -> Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def mount_source(lease: LeaseInfo) -> str:
+    """What /proc/self/mountinfo shall show as the source of a mount that holds a lease."""
+    return f"{MOUNT_PREFIX}{lease.id}"
+
+
+def _is_mounted(lease_id: str) -> bool:
+    source = f" {MOUNT_PREFIX}{lease_id} "
+    for process in ("self", "1"):
+        with suppress(OSError), open(f"/proc/{process}/mountinfo", errors="replace") as file:
+            if source in file.read():
+                return True
+    return False
 
 
 class Leases:
@@ -136,7 +161,7 @@ class Leases:
             return True
         finally:
             os.close(lock)
-        return False
+        return _is_mounted(lease_id)
 
 
 def _all(view: View) -> Iterable[LeaseInfo]:

@@ -59,11 +59,13 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
 def _print_mount(found: dict[str, Any]) -> None:
     upcalls: dict[str, int] = found["upcalls"]
-    rows: list[tuple[str, object]] = [("engine", f"{found['engine']}: {found['why']}"), ("root", found["root"])]
-    rows.append(("daemon", _describe_daemon(found)))
-    rows.append(("served", f"{format_size(found['served_bytes'])} read by the daemon for the kernel"))
-    rows.append(("failed opens", found["failed_opens"]))
-    rows.append(("missing", count(found["missing"], "blob")))
+    rows: list[tuple[str, object]] = [("engine", f"{found['engine']}: {found['why']}")]
+    if found["engine"] != "kernel":
+        rows.append(("root", found["root"]))
+        rows.append(("daemon", _describe_daemon(found)))
+        rows.append(("served", f"{format_size(found['served_bytes'])} read by the daemon for the kernel"))
+        rows.append(("failed opens", found["failed_opens"]))
+        rows.append(("missing", count(found["missing"], "blob")))
     print_table(rows)
     print(f"upcalls {sum(upcalls.values()):,}")
     print_table([(f"  {opcode}", f"{number:,}") for opcode, number in sorted(upcalls.items())], right=frozenset({1}))
