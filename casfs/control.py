@@ -163,7 +163,8 @@ def statistics(mountpoint: Path) -> dict[str, Any]:
     """
     mount = find_mount(str(resolve_mountpoint(mountpoint)))
     if mount is not None and mount.is_of_kernel_engine:
-        return {"engine": "kernel", "why": "no process serves this mount", "upcalls": {"READ": 0}}
+        why = "no process serves this mount"
+        return {"engine": "kernel", "why": why, "upcalls": {"READ": 0}, "served_bytes": 0, "failed_opens": 0}
     result: dict[str, Any] = call(mountpoint, "statistics")
     return result
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from casfs.fusemount import DEVICE, find_device_problem
 from casfs.mountinfo import list_mounts, mount_above
+from casfs.overlay import find_family
 from casfs.probes import Probe, probe_mount, probe_passthrough, probe_pyfuse3
 from casfs.syscalls import has_admin_capability, open_cached
 from store.errors import StoreError
@@ -35,7 +36,13 @@ class Finding:
 
 def examine(store_root: Path) -> list[Finding]:
     """Everything casfs can use, for a store in that directory, which need not exist. Raises nothing."""
-    findings = [_examine_device(), _examine_helper(), _examine_store(store_root), _examine_cores()]
+    findings = [
+        _examine_device(),
+        _examine_helper(),
+        _examine_store(store_root),
+        _examine_cores(),
+        _examine_kernel_engine(),
+    ]
     try:
         with _scratch_near(store_root) as scratch:
             directory = Path(scratch)
@@ -107,6 +114,18 @@ def _examine_store(store_root: Path) -> Finding:
         if not store_root.exists() and os.access(near, os.W_OK):
             return Finding("store", True, how, f"{place}; there is none yet, the first 'casfs add' makes it")
         return Finding("store", False, how, str(error), "choose another place with --store or CASFS_STORE")
+
+
+def _examine_kernel_engine() -> Finding:
+    how = "a file read through an overlay with a data-only layer"
+    try:
+        family = find_family()
+    except OSError as error:
+        remedy = "mount as root, on Linux 6.13 or later with overlayfs"
+        return Finding("engine kernel", False, how, error.strerror or str(error), remedy)
+    return Finding("engine kernel", True, how, f"its bytes came, with xattrs of the family {family.name.lower()}")
+        "engine kernel", True, how, f"the file's bytes came, with xattrs of the family {family.name.lower()}"
+    )
 
 
 def _examine_cores() -> Finding:

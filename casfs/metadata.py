@@ -22,7 +22,7 @@ from store.trees import Directory, Row, list_entries
 
 @dataclass(slots=True)
 class _Open:
-    """A directory that is being filled: its descriptor, the rest of its rows, its subdirectories."""
+    """A directory that is being filled: its descriptor, and its subdirectories that are empty yet."""
 
     descriptor: int
     subdirectories: list[Row]
@@ -44,7 +44,6 @@ def write_tmpfs(view: View, root: Directory, family: Family) -> int:
             here = stack[-1]
             if here.subdirectories:
                 row = here.subdirectories.pop()
-                os.mkdir(row.entry.name, 0o755, dir_fd=here.descriptor)
                 below = os.open(row.entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here.descriptor)
                 stack.append(_fill(view, below, row.id, family))
             else:
@@ -62,15 +61,17 @@ def write_tmpfs(view: View, root: Directory, family: Family) -> int:
 
 
 def _fill(view: View, descriptor: int, directory: int, family: Family) -> _Open:
-    """Make a directory's files and links; its subdirectories are left to do."""
+    """Make what a directory has, its subdirectories empty."""
     subdirectories = []
-    for row in list_entries(view, directory):
+    # From the last name on: tmpfs lists what was made last first.
+    for row in reversed(list(list_entries(view, directory))):
         entry = row.entry
         if isinstance(entry, FileEntry):
             mode, size, mtime_ns = shown(entry)
             redirect = b"/" + os.fsencode(blob_path(entry.digest))
             write_file(descriptor, entry.name, family, redirect, size, stat.S_IMODE(mode), mtime_ns)
         elif isinstance(entry, DirectoryEntry):
+            os.mkdir(entry.name, 0o755, dir_fd=descriptor)
             subdirectories.append(row)
         elif isinstance(entry, SymlinkEntry):
             os.symlink(entry.target, entry.name, dir_fd=descriptor)

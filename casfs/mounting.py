@@ -51,12 +51,12 @@ _GRACE_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class MountReport:
-    """How a mount came to be. `missing` counts blobs that are not in the store; `pid` is the daemon's, 0 for none."""
+    """How a mount came to be. `missing` counts blobs that are not in the store; `pid` is the daemon's, if any."""
 
     engine: str
     why: str
     missing: int
-    pid: int
+    pid: int | None
 
 
 class _Serving(Protocol):
@@ -139,7 +139,7 @@ def _mount_in_kernel(store_root: Path, root: Digest, path: Path, why: str) -> Mo
 
     with Store.open(store_root, create=False) as store:
         mount_tree(store, root, path)
-    return MountReport("kernel", why, missing=0, pid=0)
+    return MountReport("kernel", why, missing=0, pid=None)
 
 
 def choose_engine(wanted: str, store_root: Path) -> tuple[str, str]:

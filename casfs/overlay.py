@@ -75,9 +75,10 @@ def write_file(
     """A file of a metadata layer, on a file system that is being filled."""
     descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode, dir_fd=directory)
     try:
-        os.ftruncate(descriptor, size)
-        os.setxattr(descriptor, family.value.metacopy, b"")
-        os.setxattr(descriptor, family.value.redirect, redirect)
+        if size:  # else it is all there is, and its blob need not exist
+            os.ftruncate(descriptor, size)
+            os.setxattr(descriptor, family.value.metacopy, b"")
+            os.setxattr(descriptor, family.value.redirect, redirect)
         os.utime(descriptor, ns=(mtime_ns, mtime_ns))
     finally:
         os.close(descriptor)

@@ -28,15 +28,19 @@ from casfs.mountinfo import list_mounts
 from casfs.session import Opener, Session
 from casfs.tree import Tree
 from casfs.wire import Opcode
+from store.blobs import pack_row, unpack_row
 from store.digest import Digest, DigestFunction
 from store.entries import FileEntry
 from store.importing import ScanOptions
+from store.index import Change, Table
 from store.layout import Layout, blob_path
 from store.repository import Store
 from store.treebuilder import TreeBuilder
 from tests.conftest import Requirements
 
-ENGINES = ("passthrough", "native", "fuse")
+SERVED_ENGINES = ("passthrough", "native", "fuse")
+"""Those with a daemon, which can be asked, stopped and killed."""
+ENGINES = ("kernel", *SERVED_ENGINES)
 
 
 class Mounted:
@@ -45,8 +49,13 @@ class Mounted:
     def __init__(self, path: Path, report: mounting.MountReport) -> None:
         self.path = path
         self.report = report
-        self.pid = report.pid
         self.device = os.stat(path).st_dev
+
+    @property
+    def pid(self) -> int:
+        """The daemon's."""
+        assert self.report.pid is not None, "this engine has no daemon"
+        return self.report.pid
 
     def upcalls(self) -> Counter[str]:
         """The counts so far, without RELEASE, RELEASEDIR and FORGET, which come when the kernel likes."""
@@ -138,6 +147,24 @@ class Mounts:
         except MissingCapability as error:
             self.requires.lacking(str(error))
 
+    def leases(self) -> int:
+        """How many leases live."""
+        with Store.open(self.root) as store:
+            return len(store.leases.living())
+
+    def age(self) -> None:
+        """Everything was used a day ago: nothing but a lease or a manifest keeps it from collection."""
+        day_ago = int(time.time()) - 86_400
+
+        def work(change: Change) -> None:
+            for key, value in list(change.scan(Table.BLOBS)):
+                change.put(Table.BLOBS, key, pack_row(unpack_row(value)._replace(used=day_ago)))
+
+        with Store.open(self.root) as store:
+            store.index.update(work)
+            for _, _, entry in store.blobs.files():
+                os.utime(entry.path, (day_ago, day_ago))
+
     def log(self) -> str:
         """What the daemons wrote to the store's log."""
         return self.layout.log.read_text() if self.layout.log.exists() else ""
@@ -171,8 +198,14 @@ def errno_from(call: Callable[[], object]) -> int:
 
 def make_writable(path: Path) -> None:
     """What root can do to any mount; then only the daemon stands in the way."""
-    syscalls.mount("none", str(path), "", _MS_REMOUNT | syscalls.MS_NOSUID | syscalls.MS_NODEV, "")
-    assert not os.statvfs(path).f_flag & os.ST_RDONLY
+    try:
+        syscalls.mount("none", str(path), "", _MS_REMOUNT | syscalls.MS_NOSUID | syscalls.MS_NODEV, "")
+    except OSError:
+        # An overlay without an upper layer can't be made writable by anybody.
+        if control.statistics(path)["engine"] != "kernel":
+            raise
+    else:
+        assert not os.statvfs(path).f_flag & os.ST_RDONLY
 
 
 _MS_REMOUNT = 32

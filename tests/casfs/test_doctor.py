@@ -29,6 +29,7 @@ NAMES = {
     "store",
     "cores",
     "mount",
+    "engine kernel",
     "engine passthrough",
     "engine fuse",
     "reflink",
@@ -116,7 +117,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_device")
-@pytest.mark.parametrize("engine", mounting.ENGINES)
+@pytest.mark.parametrize("engine", [engine for engine in mounting.ENGINES if engine != "kernel"])
 def test_without_a_device_every_engine_says_what_to_do(tmp_path: Path, engine: str) -> None:
     from store.importing import ScanOptions
 

@@ -24,10 +24,16 @@ from store.errors import StoreError
 from store.importing import ScanOptions
 from store.index import Table
 from store.repository import Store
-from tests.casfs.conftest import Mounted, Mounts, errno_from, wait_until
+from tests.casfs.conftest import SERVED_ENGINES, Mounted, Mounts, errno_from, wait_until
 
 CONTENT = b"what the blob holds\n" * 1000
 FILES = {"directory/file": CONTENT, "other": b"other"}
+
+
+@pytest.fixture(params=SERVED_ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine whose daemon can fail; the kernel's is tested in test_kernel_engine.py."""
+    return str(request.param)
 
 
 @pytest.fixture

@@ -145,6 +145,7 @@ def use(engine: str, end: str) -> dict[str, Any]:
         "owner": (place / "file").stat().st_uid,
         "upcalls": control.statistics(place)["upcalls"],
     }
+    assert report.pid is not None
     if end == "umount":
         mounting.unmount(place)
     elif end == "SIGTERM":
@@ -153,10 +154,12 @@ def use(engine: str, end: str) -> dict[str, Any]:
         os.kill(report.pid, signal.SIGKILL)
         wait_gone(report.pid)
         report = mounting.start(STORE, root, place, engine=engine)
+        assert report.pid is not None
         seen["same"] = seen["same"] and (place / "file").read_bytes() == CONTENT
         os.kill(report.pid, signal.SIGKILL)
         wait_gone(report.pid)
         mounting.unmount(place)
+    assert report.pid is not None
     wait_gone(report.pid)
     seen["mounted"] = find_mount(str(place)) is not None
     return seen

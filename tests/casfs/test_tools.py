@@ -336,6 +336,8 @@ def test_df_says_something_sensible(mounted: Mounted) -> None:
     """As large as its content, full, with a number of inodes."""
     status = os.statvfs(mounted.path)
     nodes = len(run("find", mounted.path).splitlines())
+    if mounted.report.engine == "kernel":  # these are the metadata layer's own
+        return
     assert status.f_files == nodes
     assert status.f_ffree == status.f_bavail == status.f_bfree == 0
     assert status.f_blocks * status.f_frsize >= len(LARGE)
@@ -363,4 +365,6 @@ def test_unknown_ioctls_say_enotty(mounted: Mounted) -> None:
     with open(mounted.path / "run.sh", "rb") as file:
         for request in (0x80086601, 0x801C581F, 0x5401, 0xC020660B):  # FS_IOC_GETFLAGS, FSGETXATTR, TCGETS, FIEMAP
             number = errno_from(lambda request=request: fcntl.ioctl(file.fileno(), request, bytes(64)))  # type: ignore[misc]
-            assert number in (errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS), (hex(request), number)
+            # Overlayfs knows the first and the last; EINVAL is about what it was given.
+            known = {0, errno.EINVAL} if mounted.report.engine == "kernel" else set()
+            assert number in {errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS, *known}, (hex(request), number)

@@ -118,7 +118,7 @@ def test_warm_stats_and_lookups_cost_nothing_misses_too(small: Mounted) -> None:
 
     with small.counting() as cold:
         look()
-    assert cold["LOOKUP"] == 1 + 20 + 20
+    assert cold["LOOKUP"] == (0 if small.report.engine == "kernel" else 1 + 20 + 20)
     assert cold["GETATTR"] <= 1
     assert set(cold) <= {"LOOKUP", "GETATTR"}
     with small.counting() as warm:
@@ -229,7 +229,7 @@ def test_every_open_is_released(small: Mounted) -> None:
 
     def balanced() -> bool:
         counts = statistics(small.path)["upcalls"]
-        return bool(counts["OPEN"] == counts.get("RELEASE", 0))
+        return bool(counts.get("OPEN", 0) == counts.get("RELEASE", 0))
 
     wait_until(balanced, "the last RELEASE")
     backing = statistics(small.path).get("backing_ids", {"open": 0})

@@ -203,6 +203,8 @@ def mounted_tree(store: Path, root: Digest, place: Path, engine: str, name: str 
     try:
         with _ender.held():
             report = mounting.start(store, root, place, engine=engine, name=name)
+        if report.pid is None:
+            raise RuntimeError(f"engine {report.engine} has no daemon to measure")
         yield Mounted(place, report.engine, report.why, report.pid)
     finally:
         unmount(place)

@@ -1,0 +1,153 @@
+"""Engine kernel: what it has of its own. That it shows a tree as the others do is tested with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casfs import control, kernel_engine, mounting, overlay
+from casfs.errors import MissingCapability, MountError
+from casfs.mountinfo import find_mount
+from casfs.overlay import Family
+from store.errors import MissingBlob
+from store.importing import ScanOptions
+from store.repository import Store
+from tests.casfs.conftest import Mounts
+from tests.conftest import Requirements
+
+CONTENT = b"the bytes of a blob\n" * 300
+FILES = {"directory/file": CONTENT, "other": b"other"}
+
+
+@pytest.fixture(autouse=True)
+def _able(mounts: Mounts, requires: Requirements) -> None:
+    requires.admin()
+
+
+def casfs_mounts(mounts: Mounts) -> list[str]:
+    """Where anything is mounted below the test's directory."""
+    text = Path("/proc/self/mountinfo").read_text()
+    return [line for line in text.splitlines() if str(mounts.base) in line.split()[4]]
+
+
+@pytest.fixture
+def children() -> Iterator[None]:
+    """Fails the test if it leaves a child process."""
+    yield
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.usefixtures("children")
+def test_no_process_stays_behind_and_nothing_is_asked(mounts: Mounts) -> None:
+    mounted = mounts.mount(mounts.add_files(FILES), "kernel")
+    assert mounted.report.pid is None
+    assert (mounted.path / "directory" / "file").read_bytes() == CONTENT
+    assert not (mounted.path / "absent").exists()
+    assert control.statistics(mounted.path)["upcalls"] == {"READ": 0}
+
+
+def test_the_mount_itself_holds_the_lease(mounts: Mounts) -> None:
+    mounted = mounts.mount(mounts.add_files(FILES), "kernel")
+    mounts.age()
+    with Store.open(mounts.root) as store:
+        assert [lease.holder for lease in store.leases.living()] == [str(mounted.path)]
+        assert store.collector.collect(0, 0).removed_blobs == 0
+    assert (mounted.path / "directory" / "file").read_bytes() == CONTENT
+    mounted.unmount()
+    with Store.open(mounts.root) as store:
+        assert store.leases.living() == []
+        assert store.collector.collect(0, 0).removed_blobs >= 2
+    assert not list(mounts.layout.leases.iterdir())
+
+
+def test_an_empty_file_needs_no_blob(mounts: Mounts) -> None:
+    root = mounts.add_files({"empty": b"", "other": b"other"})
+    mounts.blob(b"").unlink(missing_ok=True)
+    mounted = mounts.mount(root, "kernel")
+    assert (mounted.path / "empty").read_bytes() == b""
+
+
+def test_a_missing_blob_is_refused_before_the_mount(mounts: Mounts) -> None:
+    root = mounts.add_files(FILES)
+    mounts.blob(CONTENT).unlink()
+    with pytest.raises(MissingBlob, match=r"1 of 2 blobs are not in .*--engine passthrough"):
+        mounts.mount(root, "kernel")
+    assert not casfs_mounts(mounts)
+    assert mounts.leases() == 0
+
+
+def test_files_by_reference_are_refused_with_the_engine_that_can(mounts: Mounts, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    root = mounts.add(tmp_path, ScanOptions(reference=True))
+    with pytest.raises(MissingCapability, match=r"by reference.*--engine passthrough"):
+        mounts.mount(root, "kernel")
+    assert mounts.leases() == 0
+
+
+def test_a_blob_without_a_row_is_hashed_before_the_mount(mounts: Mounts) -> None:
+    """As after a crash, or where Bazel put it: nobody would hash it when it is opened."""
+    root = mounts.add_files(FILES)
+    blob = mounts.blob(CONTENT)
+    blob.chmod(0o644)
+    blob.write_bytes(b"x" * len(CONTENT))
+    with Store.open(mounts.root) as store:
+        from store.index import Table
+
+        store.index.update(lambda change: change.clear(Table.BLOBS))
+    with pytest.raises(MissingBlob):
+        mounts.mount(root, "kernel")
+    assert not casfs_mounts(mounts)
+    assert [path.name for path in mounts.layout.quarantine.iterdir()]
+
+
+def test_a_mount_that_would_serve_zeros_is_noticed(mounts: Mounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With xattrs of the other family the kernel shows empty files of the right size."""
+    root = mounts.add_files(FILES)
+    real = overlay.stack
+
+    def mismatched(metadata: int, data: list[int], family: Family, source: str) -> int:
+        other = Family.TRUSTED if family is Family.USER else Family.USER
+        return real(metadata, data, other, source)
+
+    monkeypatch.setattr(kernel_engine, "stack", mismatched)
+    with pytest.raises(MountError):
+        mounts.mount(root, "kernel")
+    assert not casfs_mounts(mounts)
+    assert mounts.leases() == 0
+
+
+@pytest.mark.parametrize("family", Family)
+def test_both_families_of_xattrs_show_the_tree(mounts: Mounts, monkeypatch: pytest.MonkeyPatch, family: Family) -> None:
+    monkeypatch.setattr(kernel_engine, "find_family", lambda: family)
+    mounted = mounts.mount(mounts.add_files(FILES), "kernel")
+    assert (mounted.path / "directory" / "file").read_bytes() == CONTENT
+    assert (mounted.path / "other").read_bytes() == b"other"
+
+
+def test_where_overlayfs_cannot_it_says_so(mounts: Mounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Family:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(kernel_engine, "find_family", fail)
+    with pytest.raises(MissingCapability, match=r"data-only layers.*Invalid argument.*--engine passthrough"):
+        mounts.mount(mounts.add_files(FILES), "kernel")
+    assert mounts.leases() == 0
+
+
+def test_a_blob_cannot_be_written_through_the_mount(mounts: Mounts) -> None:
+    mounted = mounts.mount(mounts.add_files(FILES), "kernel")
+    with pytest.raises(OSError, match="Read-only"):
+        os.open(mounted.path / "directory" / "file", os.O_RDWR)
+    assert mounts.blob(CONTENT).read_bytes() == CONTENT
+
+
+def test_it_is_found_by_its_source_and_unmounted_like_any_other(mounts: Mounts) -> None:
+    mounted = mounts.mount(mounts.add_files(FILES), "kernel")
+    found = find_mount(str(mounted.path))
+    assert found is not None and found.is_of_kernel_engine
+    mounting.unmount(mounted.path)
+    assert find_mount(str(mounted.path)) is None
