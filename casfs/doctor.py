@@ -124,8 +124,6 @@ def _examine_kernel_engine() -> Finding:
         remedy = "mount as root, on Linux 6.13 or later with overlayfs"
         return Finding("engine kernel", False, how, error.strerror or str(error), remedy)
     return Finding("engine kernel", True, how, f"its bytes came, with xattrs of the family {family.name.lower()}")
-        "engine kernel", True, how, f"the file's bytes came, with xattrs of the family {family.name.lower()}"
-    )
 
 
 def _examine_cores() -> Finding:
