@@ -244,7 +244,9 @@ def _add_listed(line: ChecklistLine, base: bytes, ingest: Ingest, source: str) -
     except BadInput as error:
         raise BadInput(f"{source}:{line.line}: {error}") from error
     except DigestMismatch as error:
-        raise DigestMismatch(f"{source}:{line.line}: {error}; it was read as a list of {line.function.label}") from error
+        raise DigestMismatch(
+            f"{source}:{line.line}: {error}; it was read as a list of {line.function.label}"
+        ) from error
     return FileEntry(line.path.rpartition(b"/")[2], digest, bool(status.st_mode & 0o100))
 
 
