@@ -11,12 +11,10 @@ import os
 import stat
 from dataclasses import dataclass
 
-from casfs.errors import MissingCapability
-from casfs.overlay import Family, new_tmpfs, write_file
+from casfs.overlay import Family, new_tmpfs, redirect_of, write_file
 from casfs.tree import FIXED_MTIME_NS, shown
-from store.entries import DirectoryEntry, FileEntry, SymlinkEntry, printable
+from store.entries import DirectoryEntry, SymlinkEntry
 from store.index import View
-from store.layout import blob_path
 from store.trees import Directory, Row, list_entries
 
 
@@ -66,20 +64,13 @@ def _fill(view: View, descriptor: int, directory: int, family: Family) -> _Open:
     # From the last name on: tmpfs lists what was made last first.
     for row in reversed(list(list_entries(view, directory))):
         entry = row.entry
-        if isinstance(entry, FileEntry):
-            mode, size, mtime_ns = shown(entry)
-            redirect = b"/" + os.fsencode(blob_path(entry.digest))
-            write_file(descriptor, entry.name, family, redirect, size, stat.S_IMODE(mode), mtime_ns)
-        elif isinstance(entry, DirectoryEntry):
+        mode, size, mtime_ns = shown(entry)
+        if isinstance(entry, DirectoryEntry):
             os.mkdir(entry.name, 0o755, dir_fd=descriptor)
             subdirectories.append(row)
         elif isinstance(entry, SymlinkEntry):
             os.symlink(entry.target, entry.name, dir_fd=descriptor)
-            _, _, mtime_ns = shown(entry)
             os.utime(entry.name, ns=(mtime_ns, mtime_ns), dir_fd=descriptor, follow_symlinks=False)
         else:
-            raise MissingCapability(
-                f"{printable(entry.name)} is a file by reference, which engine kernel can't show: "
-                "use --engine passthrough or fuse"
-            )
+            write_file(descriptor, entry.name, family, redirect_of(entry), size, stat.S_IMODE(mode), mtime_ns)
     return _Open(descriptor, subdirectories)

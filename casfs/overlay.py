@@ -18,7 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from casfs.errors import MissingCapability
 from casfs.newmount import NO_DEV, NO_SUID, READ_ONLY, FileSystemContext
+from store.entries import FileEntry, ReferenceEntry, printable
+from store.layout import blob_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,19 @@ def stack(metadata: int, data: Sequence[int], family: Family, source: str) -> in
         for directory in data:
             context.set_descriptor("datadir+", directory)
         return context.mount(READ_ONLY | NO_SUID | NO_DEV)
+
+
+def redirect_of(entry: FileEntry | ReferenceEntry) -> bytes:
+    """Where the blob of a file is, as an absolute path in the blob directory.
+
+    Raises MissingCapability for a file by reference: its bytes are in no blob directory.
+    """
+    if isinstance(entry, ReferenceEntry):
+        raise MissingCapability(
+            f"{printable(entry.name)} is a file by reference, which engine kernel can't show: "
+            "use --engine passthrough or fuse"
+        )
+    return b"/" + blob_path(entry.digest).encode()
 
 
 def write_file(

@@ -12,6 +12,7 @@ from casfs import control, kernel_engine, mounting, overlay
 from casfs.errors import MissingCapability, MountError
 from casfs.mountinfo import find_mount
 from casfs.overlay import Family
+from casfs.tree import FIXED_MTIME_NS
 from store.errors import MissingBlob
 from store.importing import ScanOptions
 from store.repository import Store
@@ -22,9 +23,13 @@ CONTENT = b"the bytes of a blob\n" * 300
 FILES = {"directory/file": CONTENT, "other": b"other"}
 
 
-@pytest.fixture(autouse=True)
-def _able(mounts: Mounts, requires: Requirements) -> None:
+@pytest.fixture(autouse=True, params=["tmpfs", "image"])
+def carrier(request: pytest.FixtureRequest, requires: Requirements, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the metadata layer is in; every test is made with both."""
     requires.admin()
+    if request.param == "image":
+        monkeypatch.setattr(kernel_engine, "_TMPFS_NODES", 0)
+    return str(request.param)
 
 
 def casfs_mounts(mounts: Mounts) -> list[str]:
@@ -55,7 +60,8 @@ def test_the_mount_itself_holds_the_lease(mounts: Mounts) -> None:
     mounts.age()
     with Store.open(mounts.root) as store:
         assert [lease.holder for lease in store.leases.living()] == [str(mounted.path)]
-        assert store.collector.collect(0, 0).removed_blobs == 0
+        store.collector.collect(0, 0)  # the image may go: the mount keeps it
+    assert all(mounts.blob(content).exists() for content in FILES.values())
     assert (mounted.path / "directory" / "file").read_bytes() == CONTENT
     mounted.unmount()
     with Store.open(mounts.root) as store:
@@ -151,3 +157,32 @@ def test_it_is_found_by_its_source_and_unmounted_like_any_other(mounts: Mounts) 
     assert found is not None and found.is_of_kernel_engine
     mounting.unmount(mounted.path)
     assert find_mount(str(mounted.path)) is None
+
+
+def _nodes(top: Path) -> dict[str, tuple[object, ...]]:
+    """Every path below with what it shows, and what is in it."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in top.rglob("*"):
+        status = path.lstat()
+        content: object = None
+        if path.is_symlink():
+            content = os.readlink(path)
+        elif path.is_file():
+            content = path.read_bytes()
+        executable = path.is_file() and bool(status.st_mode & 0o100)
+        size = None if path.is_dir() and not path.is_symlink() else status.st_size
+        found[str(path.relative_to(top))] = (path.is_dir(), executable, size, content)
+    return found
+
+
+def test_the_mount_shows_what_the_directory_has(mounts: Mounts, sample_tree: Path) -> None:
+    mounted = mounts.mount(mounts.add(sample_tree), "kernel")
+    assert _nodes(mounted.path) == _nodes(sample_tree)
+    assert {path.lstat().st_mtime for path in mounted.path.rglob("*")} == {FIXED_MTIME_NS / 1e9}
+
+
+def test_times_of_files_are_those_of_the_manifest(mounts: Mounts, sample_tree: Path) -> None:
+    mounted = mounts.mount(mounts.add(sample_tree, ScanOptions(keep_mtime=True)), "kernel")
+    for path in sample_tree.rglob("*"):
+        if path.is_symlink() or path.is_file():
+            assert (mounted.path / path.relative_to(sample_tree)).lstat().st_mtime_ns == path.lstat().st_mtime_ns
