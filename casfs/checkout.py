@@ -37,6 +37,7 @@ from store.entries import DirectoryEntry, FileEntry, ReferenceEntry, Stamp, Syml
 from store.errors import BadInput, MissingBlob, MissingManifest, NoSpace, StaleReference
 from store.index import Table
 from store.layout import blob_path
+from store.prefetch import find_absent, prefetch
 from store.repository import Store
 from store.trees import Directory, Row, find_directory, list_entries, walk
 
@@ -106,6 +107,8 @@ def check_out(
     with store.leases.acquire("checkout", [root], str(target)):
         # After the lease: from here on no collection takes anything of the tree.
         contents = Contents(store.blobs, PlainGateway(store.blobs))
+        # What doesn't come is named by the check.
+        prefetch(store, find_absent(store, directory))
         _check_contents(store, directory, contents)
         with _prepared(target, store.layout.root) as descriptor:
             maker = _FileMaker(store, contents, mode, target)

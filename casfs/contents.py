@@ -11,19 +11,26 @@ Threads may share a `Contents`.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
+from concurrent.futures import Future
 from typing import Protocol
 
 from casfs.mountinfo import list_mounts, mount_above
 from casfs.syscalls import clone_read_only, open_cached
 from store.blobs import Blobs
 from store.entries import FileEntry, ReferenceEntry, Stamp, printable
-from store.errors import CorruptBlob, MissingBlob, StaleReference
+from store.errors import CorruptBlob, MissingBlob, StaleReference, StoreError
+from store.hydration import Hydrator
 from store.layout import Layout, blob_path
+
+log = logging.getLogger("casfs")
 
 _AT_FDCWD = -100
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_USED_MOST = 1 << 18
+"""Of more blobs (about 30 MB) it isn't remembered that they were opened."""
 
 
 class Gateway(Protocol):
@@ -105,11 +112,17 @@ class ReadOnlyGateway:
 
 
 class Contents:
-    """Opens the contents of files of a tree."""
+    """Opens the contents of files of a tree.
 
-    def __init__(self, blobs: Blobs, gateway: Gateway) -> None:
+    With a hydrator it can also have blobs fetched that are not there.
+    """
+
+    def __init__(self, blobs: Blobs, gateway: Gateway, hydrator: Hydrator | None = None) -> None:
         self._blobs = blobs
         self._gateway = gateway
+        self._hydrator = hydrator
+        # Adding to a set is atomic.
+        self._used: set[bytes] = set()
 
     def open_now(self, entry: FileEntry | ReferenceEntry) -> int | None:
         """A descriptor to read from, or None where getting one could take long: `open` in another thread then.
@@ -130,6 +143,7 @@ class Contents:
         if not _is_unchanged(entry, os.fstat(descriptor)):
             os.close(descriptor)
             return None
+        self._note_use(entry)
         return descriptor
 
     def open(self, entry: FileEntry | ReferenceEntry) -> int:
@@ -139,7 +153,9 @@ class Contents:
         MissingBlob, CorruptBlob or StaleReference.
         """
         if isinstance(entry, FileEntry):
-            return self._blobs.open(entry.digest, self._gateway.blobs())
+            descriptor = self._blobs.open(entry.digest, self._gateway.blobs())
+            self._note_use(entry)
+            return descriptor
         try:
             directory, path = self._gateway.host(entry.path, entry.stamp.device)
             descriptor = os.open(path, _FLAGS, dir_fd=directory)
@@ -154,6 +170,38 @@ class Contents:
             raise
         return descriptor
 
+    def fetch(self, entry: FileEntry | ReferenceEntry, error: Exception) -> Future[None] | None:
+        """After `open` failed with `error`: a future to wait for before another try, or None where that is no use.
+
+        Returns at once. The future fails with what `open` raises.
+        """
+        if self._hydrator is None or not isinstance(entry, FileEntry):
+            return None
+        if isinstance(error, CorruptBlob):
+            # Even if another copy is found: that a blob was damaged has to be known.
+            log.error("%s", error)
+        return self._hydrator.fetch(entry.digest) if isinstance(error, MissingBlob | CorruptBlob) else None
+
+    def wait_open(self, entry: FileEntry | ReferenceEntry) -> int:
+        """As `open`, having fetched what is missing, however long that takes."""
+        try:
+            return self.open(entry)
+        except (MissingBlob, CorruptBlob) as error:
+            fetching = self.fetch(entry, error)
+            if fetching is None:
+                raise
+            try:
+                fetching.result()
+            except MissingBlob as nowhere:
+                if isinstance(error, CorruptBlob):
+                    raise error from nowhere
+                raise
+        return self.open(entry)
+
+    def _note_use(self, entry: FileEntry | ReferenceEntry) -> None:
+        if isinstance(entry, FileEntry) and len(self._used) < _USED_MOST:
+            self._used.add(entry.digest.key)
+
     def check_reference(self, entry: ReferenceEntry) -> None:
         """Raise StaleReference unless the file is still what was recorded."""
         try:
@@ -164,8 +212,15 @@ class Contents:
             raise _stale(entry, _difference(entry.stamp, found))
 
     def close(self) -> None:
-        """Let go of the gateway."""
+        """Let go of the gateway; blobs that were opened count as used until now. Needs the store still open."""
         self._gateway.close()
+        used, self._used = self._used, set()
+        if not used:
+            return
+        try:
+            self._blobs.note_used(used)
+        except StoreError as error:
+            log.warning("can't note which blobs were used: %s", error)
 
 
 def _is_unchanged(entry: FileEntry | ReferenceEntry, status: os.stat_result) -> bool:

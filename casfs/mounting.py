@@ -37,7 +37,7 @@ from store import errors as store_errors
 from store.digest import Digest
 from store.errors import StoreError
 from store.layout import Layout
-from store.repository import Store
+from store.repository import SourceOptions, Store
 from store.trees import find_directory
 
 log = logging.getLogger("casfs")
@@ -112,9 +112,12 @@ def start(
     engine: str = "auto",
     name: str | None = None,
     foreground: bool = False,
+    sources: SourceOptions | None = None,
     ready: Callable[[MountReport], None] = lambda report: None,
 ) -> MountReport:
     """Mount the interned tree `root`; `name` is its manifest, for the count of what is missing.
+
+    What is missing is fetched from the store's cold tier or `sources` when it is opened.
 
     Returns when the mount is usable; in the foreground, when it has ended
     (`ready` is told when it is usable), but for engine kernel, which needs
@@ -128,8 +131,8 @@ def start(
         ready(report)
         return report
     if foreground:
-        return _serve(store_root, root, path, chosen, why, name, ready)
-    report = _fork_daemon(lambda tell: _serve(store_root, root, path, chosen, why, name, tell))
+        return _serve(store_root, root, path, chosen, why, name, sources, ready)
+    report = _fork_daemon(lambda tell: _serve(store_root, root, path, chosen, why, name, sources, tell))
     ready(report)
     return report
 
@@ -173,10 +176,11 @@ def _serve(
     engine: str,
     why: str,
     name: str | None,
+    sources: SourceOptions | None,
     ready: Callable[[MountReport], None],
 ) -> MountReport:
     """The daemon's life, in whichever process."""
-    with Store.open(store_root, create=False) as store, _logging_to(store.layout.log):
+    with Store.open(store_root, create=False, sources=sources) as store, _logging_to(store.layout.log):
         with store.leases.acquire("mount", [root], str(path)):
             # After the lease: from here on no collection takes anything of the tree.
             with store.index.view() as view:
@@ -188,7 +192,7 @@ def _serve(
             session, contents = _make_session(store, ProjectedTree(store.index, directory), path, engine)
             with _unmounting_on_failure(path):
                 session.begin()
-                control = _make_control(path, session, why, root, missing)
+                control = _make_control(path, session, why, root, missing, store)
             report = MountReport(session.engine, why, missing, os.getpid())
             try:
                 with _unmounting_on_signals(path):
@@ -206,15 +210,16 @@ def _make_session(store: Store, tree: ProjectedTree, path: Path, engine: str) ->
     if engine == "fuse":
         from casfs.session_pyfuse3 import Pyfuse3Session
 
-        contents = Contents(store.blobs, PlainGateway(store.blobs))
+        contents = Contents(store.blobs, PlainGateway(store.blobs), store.hydrator)
         return Pyfuse3Session(path, tree, contents), contents
     passthrough = engine == "passthrough"
     # Before the mount is attached: copies of mounts made afterwards could contain it and keep it alive.
-    contents = Contents(store.blobs, ReadOnlyGateway(store.layout) if passthrough else PlainGateway(store.blobs))
-    return Session(attach(path), tree, contents, passthrough=passthrough), contents
+    gateway = ReadOnlyGateway(store.layout) if passthrough else PlainGateway(store.blobs)
+    contents = Contents(store.blobs, gateway, store.hydrator)
+    return Session(attach(path), tree, contents, passthrough=passthrough, fetch=contents.fetch), contents
 
 
-def _make_control(path: Path, session: _Serving, why: str, root: Digest, missing: int) -> ControlServer:
+def _make_control(path: Path, session: _Serving, why: str, root: Digest, missing: int, store: Store) -> ControlServer:
     mounted = find_mount(str(path))
     if mounted is None:
         raise MountError(f"{path} was unmounted at once")
@@ -224,6 +229,7 @@ def _make_control(path: Path, session: _Serving, why: str, root: Digest, missing
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return {
             **session.statistics(),
+            "hydration": store.hydrator.statistics(),
             "why": why,
             "root": str(root),
             "missing": missing,

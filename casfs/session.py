@@ -27,7 +27,8 @@ import os
 import stat
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 from casfs import wire
@@ -78,11 +79,25 @@ class Opener(Protocol):
     def open(self, entry: FileEntry | ReferenceEntry) -> int: ...
 
 
+Fetch = Callable[[FileEntry | ReferenceEntry, Exception], "Future[None] | None"]
+"""After an open failed with that error: what to wait for before another try, or None. Returns at once."""
+
+
 class Session:
     """Serves one tree on one connection to the kernel."""
 
-    def __init__(self, device: int, tree: Tree, contents: Opener, *, passthrough: bool, poll: bool = True) -> None:
+    def __init__(
+        self,
+        device: int,
+        tree: Tree,
+        contents: Opener,
+        *,
+        passthrough: bool,
+        poll: bool = True,
+        fetch: Fetch = lambda entry, error: None,
+    ) -> None:
         """`device` is a descriptor of /dev/fuse that belongs to a mount, and to this session from now on."""
+        self._fetch = fetch
         self._device = device
         self._tree = tree
         self._contents = contents
@@ -297,10 +312,23 @@ class Session:
                 return _passed_through(unique, backing_id)
         return wire.encode_open(unique, _READ_HERE | descriptor, _KEPT)
 
-    def _open_slowly(self, unique: int, node: Node, entry: FileEntry | ReferenceEntry) -> None:
-        """In the pool: open what may take a while, and answer."""
+    def _open_slowly(
+        self, unique: int, node: Node, entry: FileEntry | ReferenceEntry, fetched: Future[None] | None = None
+    ) -> None:
+        """In the pool: open what may take a while, and answer; after `fetched` if that had to be waited for."""
         try:
-            reply = self._opened(unique, entry, self._contents.open(entry))
+            if fetched is not None:
+                fetched.result()
+            try:
+                descriptor = self._contents.open(entry)
+            except Exception as error:
+                fetching = self._fetch(entry, error) if fetched is None else None
+                if fetching is None:
+                    raise
+                # Nobody waits here: a source that hangs must not hold the pool's threads.
+                fetching.add_done_callback(lambda done: self._submit(self._open_slowly, unique, node, entry, done))
+                return
+            reply = self._opened(unique, entry, descriptor)
         except Exception as error:
             with self._counting:
                 self._failed_opens += 1
@@ -311,6 +339,10 @@ class Session:
             self._send(reply)
         else:
             self._abandon(reply)
+
+    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the session has ended meanwhile
+            self._pool.submit(work, *arguments)
 
     def _abandon(self, reply: bytes) -> None:
         """The opener was interrupted and has its answer: undo what it won't release."""

@@ -14,6 +14,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,35 @@ class _Operations(pyfuse3.Operations):
         descriptor = self._contents.open_now(entry)
         if descriptor is None:
             try:
-                descriptor = await trio.to_thread.run_sync(self._contents.open, entry)
+                descriptor = await self._open_slowly(entry)
             except (StoreError, OSError) as error:
                 self.failed_opens += 1
                 log.error("%s", explain(error, self._tree.path_of(node.id)))
                 raise pyfuse3.FUSEError(errno_of(error)) from error
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(descriptor), keep_cache=True)
+
+    async def _open_slowly(self, entry: FileEntry | ReferenceEntry) -> int:
+        """Open what may take a while, fetching what is missing.
+
+        While that goes on the client can't be interrupted: libfuse tells nobody of it.
+        """
+        try:
+            return await trio.to_thread.run_sync(self._contents.open, entry)
+        except StoreError as error:
+            fetching = self._contents.fetch(entry, error)
+            if fetching is None:
+                raise
+        # No thread waits: a source that hangs must not hold those that others need.
+        done, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+        def wake(_: object) -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(done.set)
+
+        fetching.add_done_callback(wake)
+        await done.wait()
+        fetching.result()
+        return await trio.to_thread.run_sync(self._contents.open, entry)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         self.counts["READ"] += 1

@@ -36,6 +36,9 @@ EXECUTABLE = 1
 _READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """Neither led elsewhere by a symbolic link nor kept waiting by a FIFO, whoever put them there."""
 
+_USE_SECONDS = 3600
+"""How exactly it is remembered when a blob was read through a mount."""
+
 MODE = 0o444
 MODE_EXECUTABLE = 0o555
 
@@ -302,6 +305,18 @@ class Blobs:
                 count_removal(change)
 
         self._index.update(work)
+
+    def note_used(self, keys: Iterable[bytes]) -> None:
+        """Note that blobs are in use now, so that collections and the cold tier spare them a while longer.
+
+        What was noted within the last hour isn't noted again: most calls write nothing.
+        """
+        now = int(time.time())
+        with self._index.view() as view:
+            found = [(key, view.get(Table.BLOBS, key)) for key in keys]
+        stale = [key for key, value in found if value and unpack_row(value).used < now - _USE_SECONDS]
+        if stale:
+            self._index.update(lambda change: touch(change, stale, now))
 
     def missing(self, digests: Iterable[Digest]) -> list[Digest]:
         """Those of the digests that are not here. What has no row but a file is hashed now."""

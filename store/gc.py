@@ -5,7 +5,8 @@ manifest or a living lease reaches, what was used within the grace period, and
 what was used since the oldest living ingest session began (that session may be
 about to name it). Of the rest the least recently used go first. "Used" is the
 later of the index's time and the file's mtime, which Bazel touches on a hit.
-Files without a row (Bazel's, or left by a crash) count and go like the others.
+Files without a row (Bazel's, or left by a crash) count and go like the others,
+and so do those of the cold tier, with the bytes they take there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from store.blobs import BlobRow, Blobs, count_removal, unpack_row
+from store.blobs import Blobs, count_removal, unpack_row
+from store.cold import ColdTier
 from store.digest import Digest
 from store.entries import DirectoryEntry, FileEntry
 from store.index import Change, Index, Table, View
@@ -50,14 +52,20 @@ class Collected:
         return self.bytes_before - self.removed_bytes
 
 
+def kept_roots(view: View) -> list[Digest]:
+    """What a collection spares: the roots of all manifests and leases."""
+    return [*manifest_roots(view), *lease_roots(view)]
+
+
 class Collector:
     """Collects in one store."""
 
-    def __init__(self, layout: Layout, index: Index, blobs: Blobs, leases: Leases) -> None:
+    def __init__(self, layout: Layout, index: Index, blobs: Blobs, leases: Leases, cold: ColdTier) -> None:
         self._layout = layout
         self._index = index
         self._blobs = blobs
         self._leases = leases
+        self._cold = cold
 
     def collect(
         self,
@@ -72,52 +80,50 @@ class Collector:
 
         `grace` is in seconds. `progress` is told the bytes of each batch removed.
         """
-        rows = self._list()
-        total = sum(row.size for row, _ in rows)
+        files = self._list()
+        total = sum(file.size for file in files)
         if total <= high:
-            return Collected(len(rows), total, 0, 0, 0)
+            return Collected(len(files), total, 0, 0, 0)
         cutoff = self._cutoff(grace)
         marked = self._mark()
-        held = sum(row.size for row, key in rows if key in marked.keys)
-        heap = [
-            _Candidate(row.used, key, row.size)
-            for row, key in rows
-            if key not in marked.keys and row.used < cutoff and row.size
-        ]
+        held = sum(file.size for file in files if file.key in marked.keys)
+        heap = [file for file in files if file.key not in marked.keys and file.used < cutoff and file.size]
         heapq.heapify(heap)
-        removed: set[bytes] = set()
+        removed: set[_Candidate] = set()
         removed_bytes = 0
         while heap and total - removed_bytes > low:
             batch = self._next_batch(heap, total - removed_bytes - low, cutoff)
             gone = batch if dry_run else self._remove(batch, marked, cutoff)
-            removed.update(candidate.key for candidate in gone)
+            removed.update(gone)
             size = sum(candidate.size for candidate in gone)
             removed_bytes += size
             progress(size)
         if removed and not dry_run:
-            self._forget(removed, marked)
-        return Collected(len(rows), total, len(removed), removed_bytes, held)
+            self._forget({candidate.key for candidate in removed if not candidate.cold}, marked)
+        return Collected(len(files), total, len(removed), removed_bytes, held)
 
-    def _list(self) -> list[tuple[BlobRow, bytes]]:
-        """What the index remembers of each blob, or would, by digest key."""
+    def _list(self) -> list[_Candidate]:
+        """Every file of a blob: what the index remembers of it or would, and those of the cold tier."""
         with self._index.view() as view:
-            rows = {key: unpack_row(value) for key, value in view.scan(Table.BLOBS)}
+            rows = [(key, unpack_row(value)) for key, value in view.scan(Table.BLOBS)]
+        found = {key: _Candidate(row.used, key, row.size) for key, row in rows}
         for function, hash_, entry in self._blobs.files():
             key = Digest(function, hash_, 0).key
-            if key not in rows:
+            if key not in found:
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    rows[key] = BlobRow(status.st_size, int(status.st_mtime), False)
-        return [(row, key) for key, row in rows.items()]
+                    found[key] = _Candidate(int(status.st_mtime), key, status.st_size)
+        cold = [_Candidate(file.used, file.digest.key, file.size, cold=True) for file in self._cold.files()]
+        return [*found.values(), *cold]
 
     def _cutoff(self, grace: int) -> int:
         """Blobs used at this second or later stay."""
         began = [nanoseconds // 1_000_000_000 for nanoseconds in living_sessions(self._layout, clean=True)]
         return min([int(time.time()) - grace, *began])
 
-    def _mark(self) -> _Marked:
+    def _mark(self) -> Marked:
         self._leases.living()  # clears away those of the dead
-        marked = _Marked(set(), set())
+        marked = Marked(kept_roots)
         with self._index.view() as view:
             marked.add_roots(view)
         return marked
@@ -131,7 +137,7 @@ class Collector:
         batch: list[_Candidate] = []
         while heap and len(batch) < _BATCH and excess > 0:
             candidate = heapq.heappop(heap)
-            touched = self._touched_at(candidate.key)
+            touched = 0 if candidate.cold else self._touched_at(candidate.key)
             if touched > candidate.used:
                 if touched < cutoff:
                     heapq.heappush(heap, candidate._replace(used=touched))
@@ -146,7 +152,7 @@ class Collector:
         except FileNotFoundError:
             return 0
 
-    def _remove(self, batch: list[_Candidate], marked: _Marked, cutoff: int) -> list[_Candidate]:
+    def _remove(self, batch: list[_Candidate], marked: Marked, cutoff: int) -> list[_Candidate]:
         """Remove those of the batch that still may go: rows first, then files.
 
         A crash between the two leaves files without rows, which are whole.
@@ -157,6 +163,10 @@ class Collector:
             marked.add_roots(change)
             gone = []
             for candidate in batch:
+                if candidate.cold:
+                    if candidate.key not in marked.keys:
+                        gone.append(candidate)
+                    continue
                 value = change.get(Table.BLOBS, candidate.key)
                 used = self._touched_at(candidate.key) if value is None else unpack_row(value).used
                 if candidate.key in marked.keys or used >= cutoff:
@@ -170,11 +180,15 @@ class Collector:
         with self._blobs.removing():
             gone = self._index.update(work)
             for candidate in gone:
+                digest = Digest.from_key(candidate.key, 0)
                 with suppress(FileNotFoundError):
-                    os.unlink(blob_path(Digest.from_key(candidate.key, 0)), dir_fd=self._blobs.directory)
+                    if candidate.cold:
+                        self._cold.path(digest).unlink()
+                    else:
+                        os.unlink(blob_path(digest), dir_fd=self._blobs.directory)
         return gone
 
-    def _forget(self, removed: set[bytes], marked: _Marked) -> None:
+    def _forget(self, removed: set[bytes], marked: Marked) -> None:
         """Drop what the index knows of blobs that are gone: interned directories, stamps."""
 
         def work(change: Change) -> None:
@@ -192,24 +206,26 @@ class Collector:
 
 
 class _Candidate(NamedTuple):
-    """A blob that may go; sorts by when it was last used."""
+    """A file that may go; sorts by when its blob was last used."""
 
     used: int
     key: bytes
     size: int
+    cold: bool = False
 
 
-class _Marked:
+class Marked:
     """The keys of all blobs that some roots reach, Directory messages included; grows, never shrinks."""
 
-    def __init__(self, roots: set[bytes], keys: set[bytes]) -> None:
-        self._roots = roots
-        self.keys = keys
+    def __init__(self, find_roots: Callable[[View], list[Digest]]) -> None:
+        self._find_roots = find_roots
+        self._roots: set[bytes] = set()
         self._directories: set[int] = set()
+        self.keys: set[bytes] = set()
 
     def add_roots(self, view: View) -> None:
-        """Mark what the manifests and leases of this moment reach and was not marked yet."""
-        for root in [*manifest_roots(view), *lease_roots(view)]:
+        """Mark what the roots of this moment reach and was not marked yet."""
+        for root in self._find_roots(view):
             if root.key not in self._roots:
                 self._roots.add(root.key)
                 self._mark(view, root)

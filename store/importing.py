@@ -18,6 +18,7 @@ from store.blobs import Blobs, unpack_row
 from store.digest import Digest, DigestFunction
 from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, printable, split_path
 from store.errors import BadInput, BadManifest, DigestMismatch, MissingBlob
+from store.hydration import Hydrator
 from store.index import Index, Table
 from store.ingest import Ingest, Transfer
 from store.layout import Layout
@@ -68,10 +69,11 @@ R = TypeVar("R")
 class Importer:
     """Makes trees in one store."""
 
-    def __init__(self, layout: Layout, index: Index, blobs: Blobs) -> None:
+    def __init__(self, layout: Layout, index: Index, blobs: Blobs, hydrator: Hydrator) -> None:
         self._layout = layout
         self._index = index
         self._blobs = blobs
+        self._hydrator = hydrator
 
     @contextmanager
     def _building(self, function: DigestFunction) -> Iterator[tuple[Ingest, TreeBuilder]]:
@@ -137,7 +139,7 @@ class Importer:
         return roots[id(top)]
 
     def from_messages(self, root: Digest) -> Directory:
-        """The tree of Directory messages that are in the store under their digests.
+        """The tree of Directory messages that are in the store, or in a source, under their digests.
 
         Raises MissingBlob naming a Directory that isn't there, BadTree.
         """
@@ -148,7 +150,11 @@ class Importer:
     def _read_message(self, digest: Digest) -> bytes:
         if not digest.size:
             return b""  # the empty blob always exists
-        descriptor = self._blobs.open(digest)
+        try:
+            descriptor = self._blobs.open(digest)
+        except MissingBlob:
+            self._hydrator.fetch(digest).result()
+            descriptor = self._blobs.open(digest)
         with open(descriptor, "rb") as file:
             return file.read()
 

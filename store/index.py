@@ -41,8 +41,6 @@ _FIRST_MAP = 1 << 30
 _MAX_READERS = 1024
 _GATE_SECONDS = 0.0005
 """Between two looks whether all views have ended: the map grows about once in the life of a store."""
-_GATE_SECONDS = 0.0005
-"""Between two looks whether all views have ended: the map grows about once in the life of a store."""
 _PATIENCE_SECONDS = 0.05
 
 

@@ -30,7 +30,7 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Protocol
 
 from store import kernel
 from store.blobs import MODE, MODE_EXECUTABLE, BlobRow, Blobs, find_row, pack_row, touch, unpack_row
@@ -60,6 +60,12 @@ class Transfer(Enum):
     """Reflink where the file system can, else copy_file_range."""
     HARDLINK = "hardlink"
     """One more name for the same file, which becomes read-only; asked for, never chosen."""
+
+
+class ReadableStream(Protocol):
+    """The part of a binary file that adding one needs."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class _Pending(NamedTuple):
@@ -122,7 +128,14 @@ class Ingest:
             self._write(digest, data, executable)
         return digest
 
-    def add_stream(self, stream: BinaryIO, function: DigestFunction, expected: Digest | None = None) -> Digest:
+    def add_stream(
+        self,
+        stream: ReadableStream,
+        function: DigestFunction,
+        expected: Digest | None = None,
+        *,
+        executable: bool = False,
+    ) -> Digest:
         """Add what a stream has until its end; it is written to disk as it comes.
 
         Raises DigestMismatch if it isn't `expected`; nothing is kept then.
@@ -147,7 +160,7 @@ class Ingest:
         except BaseException:
             _discard(path)
             raise
-        self._hold(_Pending(digest, path, False))
+        self._hold(_Pending(digest, path, executable))
         return digest
 
     def add_file(

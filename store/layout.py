@@ -9,6 +9,7 @@
       manifests/<name>.json  the names of roots, so that a lost index loses no name
       leases/<id>            a lock file per lease, held by whoever holds the lease
       tmp/<session>/         unpublished files of one session, locked while it lives
+      cold/blake3/ab/<hash>.zst   blobs that were not used for long, compressed; made when first needed
       quarantine/            files whose bytes were not what their name says
       format                 says that this is a store, and of which format
       casfs.log              what went wrong behind a mount
@@ -36,6 +37,7 @@ class Layout:
         self.manifests = root / "manifests"
         self.leases = root / "leases"
         self.tmp = root / "tmp"
+        self.cold = root / "cold"
         self.quarantine = root / "quarantine"
         self.log = root / "casfs.log"
         self.marker = root / "format"

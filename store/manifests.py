@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from store import kernel
 from store.blobs import Blobs, is_known, removals
+from store.cold import ColdTier
 from store.digest import Digest
 from store.entries import FileEntry
 from store.errors import AlreadyExists, BadInput, BadName, MissingManifest, StoreError
@@ -72,10 +73,11 @@ def _unpack(name: str, value: bytes) -> Manifest:
 class Manifests:
     """The named roots of one store."""
 
-    def __init__(self, layout: Layout, index: Index, blobs: Blobs) -> None:
+    def __init__(self, layout: Layout, index: Index, blobs: Blobs, cold: ColdTier) -> None:
         self._layout = layout
         self._index = index
         self._blobs = blobs
+        self._cold = cold
 
     def find(self, name: str) -> Manifest | None:
         """The manifest of that name, or None."""
@@ -181,7 +183,7 @@ class Manifests:
                 self._mirror(manifest)
 
     def count_missing(self, root: Digest, name: str | None = None) -> int:
-        """How many of a tree's blobs are not in the store.
+        """How many of a tree's blobs are not in the store, nor in its cold tier.
 
         Small trees are looked up on disk; for large ones the count kept with
         the manifest holds until blobs were removed. Raises MissingManifest
@@ -208,7 +210,7 @@ class Manifests:
         with self._index.view() as view:
             for digest in tree_blobs(view, directory):
                 if (look or not is_known(view, digest)) and not self._blobs.has_file(digest):
-                    missing += 1
+                    missing += not self._cold.has(digest)
         return missing
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from store import kernel
 from store.blobs import Blobs
+from store.cold import ColdTier
+from store.demotion import Demoter
+from store.directory_source import DirectorySource
 from store.errors import NewerFormat, StoreUnusable
 from store.gc import Collector
+from store.hydration import DEFAULT_TIMEOUT, Hydrator
 from store.importing import Importer
 from store.index import Index
 from store.ingest import Ingest
@@ -21,29 +26,44 @@ from store.layout import Layout
 from store.leases import Leases
 from store.manifests import Manifests
 from store.sessions import living_sessions
+from store.sources import Source
 from store.verify import Verifier
 
 FORMAT = 1
 """Of the directory; the index has a format of its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """Where missing blobs may come from, beside the store's own cold tier; `timeout` is in seconds."""
+
+    directories: tuple[Path, ...] = ()
+    timeout: float = DEFAULT_TIMEOUT
+
+
 class Store:
     """The parts of a store, by name."""
 
-    def __init__(self, layout: Layout, index: Index) -> None:
+    def __init__(self, layout: Layout, index: Index, options: SourceOptions | None = None) -> None:
+        options = options or SourceOptions()
         self.layout = layout
         self.index = index
         self.blobs = Blobs(layout, index)
-        self.manifests = Manifests(layout, index, self.blobs)
+        self.cold = ColdTier(layout, index, self.blobs)
+        self.manifests = Manifests(layout, index, self.blobs, self.cold)
         self.leases = Leases(layout, index)
-        self.importer = Importer(layout, index, self.blobs)
-        self.collector = Collector(layout, index, self.blobs, self.leases)
-        self.verifier = Verifier(index, self.blobs, self.manifests, self.leases, self.importer)
+        sources: list[Source] = [self.cold, *map(DirectorySource, options.directories)]
+        self.hydrator = Hydrator(self.blobs, self.ingest, sources, timeout=options.timeout)
+        self.importer = Importer(layout, index, self.blobs, self.hydrator)
+        self.collector = Collector(layout, index, self.blobs, self.leases, self.cold)
+        self.demoter = Demoter(layout, index, self.blobs, self.leases, self.cold)
+        self.verifier = Verifier(index, self.blobs, self.cold, self.manifests, self.leases, self.importer)
 
     @classmethod
-    def open(cls, root: Path, *, create: bool = True) -> Store:
+    def open(cls, root: Path, *, create: bool = True, sources: SourceOptions | None = None) -> Store:
         """Open the store in the directory `root`, making one where there is nothing.
 
+        `sources` says where missing blobs may come from, beside the cold tier.
         What killed processes left in ``tmp/`` is removed. Raises StoreUnusable
         for a directory that is no store or can't be written, NewerFormat.
         """
@@ -51,7 +71,7 @@ class Store:
         _check_directory(layout, create)
         index = Index(layout.index)
         try:
-            store = cls(layout, index)
+            store = cls(layout, index, sources)
             living_sessions(layout, clean=True)
             store.leases.clean()
         except BaseException as error:
@@ -67,6 +87,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of all descriptors."""
+        self.hydrator.close()
         self.blobs.close()
         self.index.close()
 

@@ -118,12 +118,13 @@ def _add(directory: ScannedDirectory, entry: os.DirEntry[bytes], keep_mtime: boo
         directory.symlinks.append(SymlinkEntry(entry.name, os.readlink(entry.path), mtime_ns))
     else:
         raise BadInput(
-            f"{printable(entry.path)} is a {_kind_name(status.st_mode)}: "
+            f"{printable(entry.path)} is a {describe_kind(status.st_mode)}: "
             "a tree has files, directories and symbolic links; leave it out with --exclude"
         )
 
 
-def _kind_name(mode: int) -> str:
+def describe_kind(mode: int) -> str:
+    """What a special file of that mode is called."""
     for test, name in (
         (stat.S_ISSOCK, "socket"),
         (stat.S_ISFIFO, "FIFO"),

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from store.blobs import BlobRow, Blobs, count_removal, is_known, pack_row, protect
+from store.cold import ColdFile, ColdTier
 from store.digest import Digest, DigestFunction
 from store.errors import BadTree, CorruptBlob, NotFound, StoreUnusable
 from store.hashing import hash_descriptor
@@ -37,6 +38,8 @@ class Verified:
 
     blobs: int = 0
     bytes: int = 0
+    cold: int = 0
+    """Files of the cold tier whose content was right."""
     adopted: int = 0
     """Files that had no row."""
     quarantined: list[str] = field(default_factory=list)
@@ -72,9 +75,18 @@ class _Checked(NamedTuple):
 class Verifier:
     """Verifies one store."""
 
-    def __init__(self, index: Index, blobs: Blobs, manifests: Manifests, leases: Leases, importer: Importer) -> None:
+    def __init__(
+        self,
+        index: Index,
+        blobs: Blobs,
+        cold: ColdTier,
+        manifests: Manifests,
+        leases: Leases,
+        importer: Importer,
+    ) -> None:
         self._index = index
         self._blobs = blobs
+        self._cold = cold
         self._manifests = manifests
         self._leases = leases
         self._importer = importer
@@ -93,6 +105,7 @@ class Verifier:
                 checked = [item for item in pool.map(self._check, batch) if item is not None]
                 self._settle(checked, result)
                 progress(len(checked), sum(item.named.size for item in checked))
+            self._check_cold(pool, result, progress)
         self._drop_lost(result)
         self._check_manifests(result)
         return result
@@ -151,6 +164,24 @@ class Verifier:
                 result.quarantined.append(str(item.named))
         result.blobs += len(right)
         result.bytes += sum(digest.size for digest, _ in right)
+
+    def _check_cold(self, pool: ThreadPoolExecutor, result: Verified, progress: Progress) -> None:
+        """Hash what the cold files hold, and put wrong ones aside."""
+        files = self._cold.files()
+
+        def look(file: ColdFile) -> bool | None:
+            try:
+                return self._cold.is_right(file.digest)
+            except FileNotFoundError:
+                return None  # brought back meanwhile
+
+        while batch := list(islice(files, _BATCH)):
+            for file, right in zip(batch, pool.map(look, batch), strict=True):
+                if right:
+                    result.cold += 1
+                elif right is False and self._cold.quarantine_unless_right(file.digest):
+                    result.quarantined.append(f"{file.digest.function.label}:{file.digest.hex} in the cold tier")
+            progress(len(batch), sum(file.size for file in batch))
 
     def _drop_lost(self, result: Verified) -> None:
         with self._index.view() as view:

@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from store.errors import BadInput
 from tools.output import parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from store.repository import SourceOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,17 @@ class Settings:
     gc_high: int | None = None
     gc_low: int | None = None
     gc_grace: int = 3600
+    gc_cold: int | None = None
+    gc_cold_level: int = 3
+    source_directories: tuple[Path, ...] = ()
+    source_timeout: int = 30
+
+    @property
+    def sources(self) -> SourceOptions:
+        """Where missing blobs may come from."""
+        from store.repository import SourceOptions
+
+        return SourceOptions(self.source_directories, self.source_timeout)
 
 
 def _text(value: Any) -> str:
@@ -56,6 +70,29 @@ def _duration(value: Any) -> int:
     return parse_duration(_text(value))
 
 
+def _timeout(value: Any) -> int:
+    seconds = _duration(value)
+    if not seconds:
+        raise BadInput("it is at least 1s")
+    return seconds
+
+
+def _level(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 22:
+        raise BadInput("it is a number from 1 to 22")
+    return value
+
+
+def _directories(value: Any) -> tuple[Path, ...]:
+    if not isinstance(value, list):
+        raise BadInput('it is a list of directories, as in ["/net/store"]')
+    paths = tuple(Path(_text(item)).expanduser() for item in value)
+    for path in paths:
+        if not path.is_absolute():
+            raise BadInput(f"{path} is not an absolute path")
+    return paths
+
+
 KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "store": ("store", _text),
     "digest-function": ("digest_function", _one_of("blake3", "sha256")),
@@ -64,6 +101,10 @@ KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "gc.high": ("gc_high", _size),
     "gc.low": ("gc_low", _size),
     "gc.grace": ("gc_grace", _duration),
+    "gc.cold": ("gc_cold", _duration),
+    "gc.cold-level": ("gc_cold_level", _level),
+    "sources.directories": ("source_directories", _directories),
+    "sources.timeout": ("source_timeout", _timeout),
 }
 """Each key of the file: the setting it stands for, and how its value is read."""
 

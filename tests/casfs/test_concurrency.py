@@ -197,6 +197,7 @@ def test_a_collection_takes_nothing_that_is_mounted(mounts: Mounts, engine: str)
     assert not mounts.blob(b"nobody wants this").exists()
     check_files(mounted.path, 1)
     mounted.unmount()
+    mounts.age()  # what was opened counts as used until the end of the mount
     assert collect(mounts) >= len(set(CONTENTS.values())) - 1
 
 

@@ -40,7 +40,7 @@ def test_the_store_comes_from_the_option_the_environment_the_file_the_cache(casf
 
 def test_the_example_says_every_key_with_its_default() -> None:
     text = (REPOSITORY / "config" / "casfs.toml").read_text()
-    assert tomllib.loads(text) == {"mount": {}, "checkout": {}, "gc": {}}
+    assert tomllib.loads(text) == {"mount": {}, "checkout": {}, "gc": {}, "sources": {}}
     everything = tomllib.loads(re.sub(r"(?m)^#(?=[a-z-]+ = )", "", text))
     flat = {f"{group}.{key}" for group, keys in everything.items() if isinstance(keys, dict) for key in keys}
     assert flat | {key for key, value in everything.items() if not isinstance(value, dict)} == set(KEYS)
@@ -49,7 +49,7 @@ def test_the_example_says_every_key_with_its_default() -> None:
 def test_the_defaults_in_the_example_are_the_defaults(tmp_path: Path) -> None:
     text = (REPOSITORY / "config" / "casfs.toml").read_text()
     # Without those that have no default: the size of a store is a person's choice.
-    without = re.sub(r"(?m)^#(high|low) = .*$", "", text)
+    without = re.sub(r"(?m)^#(high|low|cold|directories) = .*$", "", text)
     (tmp_path / "all.toml").write_text(re.sub(r"(?m)^#(?=[a-z-]+ = )", "", without))
     environ = {"HOME": str(tmp_path)}
     found = load_settings("store", str(tmp_path / "all.toml"), environ)

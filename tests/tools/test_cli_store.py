@@ -214,7 +214,7 @@ def test_verify_finds_damage_and_repairs_the_index(casfs: Casfs, tree: Path) -> 
     casfs.ok("manifest", "create", "m", tree)
     clean = casfs.ok("verify", "--json").json
     assert clean["clean"] is True
-    assert set(clean) == {"clean", "blobs", "bytes", "adopted", "quarantined", "lost", "incomplete", "broken"}
+    assert set(clean) == {"clean", "blobs", "bytes", "cold", "adopted", "quarantined", "lost", "incomplete", "broken"}
     hexadecimal = blake3(b"#define B 2\n").hexdigest()
     blob = casfs.store / "blobs/blake3/cas" / hexadecimal[:2] / hexadecimal
     blob.chmod(0o644)
@@ -239,7 +239,16 @@ def test_gc_removes_what_nothing_needs_down_to_the_low_mark(casfs: Casfs, tree: 
     done = casfs.ok(*options).json
     assert done == {**wanted, "dry_run": False}
     assert set(done) == {
-        *("blobs_before", "bytes_before", "removed_blobs", "removed_bytes", "pinned_bytes", "bytes_after", "dry_run")
+        *(
+            "blobs_before",
+            "bytes_before",
+            "removed_blobs",
+            "removed_bytes",
+            "pinned_bytes",
+            "bytes_after",
+            "cold",
+            "dry_run",
+        )
     }
     assert casfs.ok("cat", "m/same.h").out == "#define A 1\n"
 

@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Write them, in the order given; nothing at all if one of them isn't there."""
-    with Store.open(settings.store, create=False) as store:
+    with Store.open(settings.store, create=False, sources=settings.sources) as store:
         entries = [_find_file(store, text) for text in args.files]
-        contents = Contents(store.blobs, PlainGateway(store.blobs))
+        contents = Contents(store.blobs, PlainGateway(store.blobs), store.hydrator)
         for entry in entries:
-            descriptor = contents.open(entry)
+            descriptor = contents.wait_open(entry)
             try:
                 while data := os.read(descriptor, _CHUNK):
                     sys.stdout.buffer.write(data)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Write the files, and say how."""
     mode = Mode(args.mode or settings.checkout_mode)
-    with Store.open(settings.store, create=False) as store:
+    with Store.open(settings.store, create=False, sources=settings.sources) as store:
         root = get_root(store, args.manifest)
         with progress("checking out", "files", root.directory.bytes) as advance:
             done = check_out(store, root.directory.digest, Path(args.directory), mode=mode, progress=advance)

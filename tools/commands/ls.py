@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Print the entries, in the order of their names."""
     manifest, path = split_tree_path(args.tree)
-    with Store.open(settings.store, create=False) as store:
+    with Store.open(settings.store, create=False, sources=settings.sources) as store:
         root = get_root(store, manifest)
         with store.index.view() as view:
             found = get_path(view, root, path, follow=path != b"" and args.tree.endswith("/"))

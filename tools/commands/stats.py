@@ -65,7 +65,8 @@ def _print_mount(found: dict[str, Any]) -> None:
         rows.append(("daemon", _describe_daemon(found)))
         rows.append(("served", f"{format_size(found['served_bytes'])} read by the daemon for the kernel"))
         rows.append(("failed opens", found["failed_opens"]))
-        rows.append(("missing", count(found["missing"], "blob")))
+        rows.append(("missing", f"{count(found['missing'], 'blob')} when it was mounted"))
+    rows.append(("fetched", _describe_hydration(found["hydration"])))
     print_table(rows)
     print(f"upcalls {sum(upcalls.values()):,}")
     print_table([(f"  {opcode}", f"{number:,}") for opcode, number in sorted(upcalls.items())], right=frozenset({1}))
@@ -78,15 +79,22 @@ def _describe_daemon(found: dict[str, Any]) -> str:
     )
 
 
+def _describe_hydration(numbers: dict[str, int]) -> str:
+    failed = f"; {numbers['failed_fetches']:,} in vain" if numbers["failed_fetches"] else ""
+    return f"{count(numbers['fetched_blobs'], 'blob')} with {format_size(numbers['fetched_bytes'])}{failed}"
+
+
 def collect_store_statistics(store: Store) -> dict[str, Any]:
     """What the store holds: counts, and bytes where it says so."""
     blobs, sizes = _count_by_function(store)
     index = store.index.statistics()
+    cold_blobs, cold_bytes = store.cold.count()
     return {
         "store": str(store.layout.root),
         "blobs": blobs.total(),
         "bytes": sizes.total(),
         "functions": {label: {"blobs": blobs[label], "bytes": sizes[label]} for label in sorted(blobs)},
+        "cold": {"blobs": cold_blobs, "bytes": cold_bytes},
         "manifests": index["manifests"],
         "directories": index["directories"],
         "entries": index["entries"],
@@ -128,6 +136,9 @@ def _print_store(numbers: dict[str, Any]) -> None:
         ("index", format_size(numbers["index_bytes"])),
         ("disk", f"{format_size(numbers['disk_free_bytes'])} free"),
     ]
+    if numbers["cold"]["blobs"]:
+        cold = numbers["cold"]
+        rows.insert(2, ("cold", f"{cold['blobs']:,}, {format_size(cold['bytes'])} compressed"))
     if numbers["adding_sessions"]:
         rows.append(("being added", count(numbers["adding_sessions"], "session")))
     if numbers["quarantined"]:

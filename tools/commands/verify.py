@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print {clean, blobs, bytes, adopted, quarantined, lost, incomplete, broken}",
+        help="print {clean, blobs, bytes, cold, adopted, quarantined, lost, incomplete, broken}",
     )
 
 
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
 def _print(result: Verified, quarantine: str) -> None:
     print(f"{count(result.blobs, 'blob')} with {format_size(result.bytes)} are right")
+    if result.cold:
+        print(f"{count(result.cold, 'blob')} of the cold tier are right")
     if result.adopted:
         print(f"{count(result.adopted, 'blob')} the index didn't know: added to it")
     for digest in result.quarantined:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     _check_combination(args)
     check_manifest_name(args.name)
     function = DigestFunction.named(args.function or settings.digest_function)
-    with Store.open(settings.store) as store:
+    with Store.open(settings.store, sources=settings.sources) as store:
         check_is_free(store, args.name, args.replace)
         directory, source = _make_tree(store, args, function)
         name_tree(store, args, directory, source)
