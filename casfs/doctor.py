@@ -17,6 +17,7 @@ from casfs.fusemount import DEVICE, find_device_problem
 from casfs.mountinfo import list_mounts, mount_above
 from casfs.overlay import find_family
 from casfs.probes import Probe, probe_mount, probe_passthrough, probe_pyfuse3
+from casfs.sandbox_probe import probe_bubblewrap, probe_user_overlay
 from casfs.syscalls import has_admin_capability, open_cached
 from store.errors import StoreError
 from store.kernel import try_clone
@@ -56,6 +57,8 @@ def examine(store_root: Path) -> list[Finding]:
                     probe_passthrough(file),
                 ),
                 _finding("engine fuse", "import pyfuse3", probe_pyfuse3()),
+                _finding("bubblewrap", "a command in namespaces of its own", probe_bubblewrap()),
+                _finding("user overlay", "overlayfs with scratch, in a user namespace", probe_user_overlay(directory)),
                 _examine_reflink(directory, file),
                 _examine_cached_lookup(file),
             ]

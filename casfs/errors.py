@@ -7,7 +7,8 @@
     │   └── Busy                 files are open below it
     ├── MissingCapability        this machine or user can't do what was asked
     ├── BadRequest               bytes from the kernel that are no request we can answer
-    └── CheckoutError            a tree could not be copied out
+    ├── CheckoutError            a tree could not be copied out
+    └── SandboxError             a sandbox could not be made or used
 
 `errno_of` says what a program inside a mount gets to see.
 """
@@ -49,6 +50,10 @@ class BadRequest(CasfsError):
 
 class CheckoutError(CasfsError):
     """A tree could not be copied out."""
+
+
+class SandboxError(CasfsError):
+    """A sandbox could not be made or used."""
 
 
 _ERRNO: tuple[tuple[type[Exception], int], ...] = (

@@ -98,7 +98,7 @@ def probe_passthrough(file: Path) -> Probe:
         )
     if problem := find_device_problem():
         return Probe(False, *problem)
-    return _in_child(lambda: _try_passthrough(file), "use --engine fuse")
+    return in_child(lambda: _try_passthrough(file), "use --engine fuse")
 
 
 def _try_passthrough(file: Path) -> Probe:
@@ -125,7 +125,7 @@ def probe_mount(file: Path) -> Probe:
     Without CAP_SYS_ADMIN the mount is made by fusermount3, in a new directory
     beside the file, and taken away again.
     """
-    return _in_child(lambda: _try_mount(file), "see the findings above")
+    return in_child(lambda: _try_mount(file), "see the findings above")
 
 
 def _try_mount(file: Path) -> Probe:
@@ -177,7 +177,7 @@ def probe_pyfuse3() -> Probe:
 _PROBE_SECONDS = 10
 
 
-def _in_child(probe: Callable[[], Probe], remedy: str) -> Probe:
+def in_child(probe: Callable[[], Probe], remedy: str) -> Probe:
     """Run a probe in a child, which takes its namespaces and mounts with it; `remedy` is for what it can't explain."""
     reading, writing = os.pipe()
     child = os.fork()

@@ -32,6 +32,8 @@ NAMES = {
     "engine kernel",
     "engine passthrough",
     "engine fuse",
+    "bubblewrap",
+    "user overlay",
     "reflink",
     "cached lookups",
     "auto",
