@@ -19,30 +19,43 @@ _VERB = r"casfs ([a-z]+(?: create)?)\b"
 VERBS = {*re.findall(rf"`{_VERB}", README), *re.findall(rf"(?m)^(?:.*&& )?{_VERB}", "\n".join(BLOCKS))}
 
 
-def test_its_five_lines_lead_to_a_mount(tmp_path: Path, requires: Requirements) -> None:
-    requires.fuse()
-    first, *lines = BLOCKS[0].splitlines()
-    assert first.startswith("make setup && . .venv/bin/activate"), "what this test's environment stands for"
-    assert len(lines) == 4
+def run_shown(lines: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+    """Run lines as a shell does, with a store of their own."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "CASFS_STORE": str(tmp_path / "store"),
+        "CASFS_STORE": str(place / "store"),
     }
-    shown = subprocess.run(
+    return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
-        cwd=tmp_path,
+        cwd=place,
         env=environment,
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
+
+
+def test_its_five_lines_lead_to_a_mount(tmp_path: Path, requires: Requirements) -> None:
+    requires.fuse()
+    first, *lines = BLOCKS[0].splitlines()
+    assert first.startswith("make setup && . .venv/bin/activate"), "what this test's environment stands for"
+    assert len(lines) == 4
+    shown = run_shown(lines, tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"^files +[\d,]+, ", shown.stdout, re.MULTILINE)
     if "engine        passthrough" in shown.stdout:
         assert re.search(r"^  READ +0$", shown.stdout, re.MULTILINE), shown.stdout
     assert not (tmp_path / "mnt").is_mount()
+
+
+def test_its_command_in_a_sandbox_runs(tmp_path: Path, requires: Requirements) -> None:
+    requires.programs("bwrap", "cc")
+    shown = run_shown(BLOCKS[1].splitlines(), tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^obj/a\.o +blake3:[0-9a-f]{64}/\d+$", shown.stdout, re.MULTILINE), shown.stdout
+    assert re.search(r"^exit code 0, ", shown.stdout + shown.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
