@@ -23,7 +23,7 @@ def named(casfs: Casfs, tree: Path, mountpoint: Path) -> Casfs:
     return casfs
 
 
-@pytest.mark.parametrize("engine", ["passthrough", "fuse", "native"])
+@pytest.mark.parametrize("engine", ["kernel", "passthrough", "fuse", "native"])
 def test_a_mount_shows_the_tree_until_it_is_unmounted(
     named: Casfs, tree: Path, mountpoint: Path, engine: str, requires: Requirements
 ) -> None:
@@ -32,6 +32,8 @@ def test_a_mount_shows_the_tree_until_it_is_unmounted(
     assert done.out == f"m is mounted on {mountpoint} (engine {engine})\n"
     compared = subprocess.run(["diff", "-r", "--no-dereference", tree, mountpoint], capture_output=True, check=False)
     assert (compared.returncode, compared.stdout) == (0, b"")
+    assert named.ok("stats", mountpoint).out.startswith("engine  ")
+    assert named.ok("stats", mountpoint, "--json").json["engine"] == engine
     assert named.ok("umount", mountpoint).out == ""
     assert find_mount(str(mountpoint)) is None
     assert list(mountpoint.iterdir()) == []

@@ -66,7 +66,7 @@ def _print_mount(found: dict[str, Any]) -> None:
         rows.append(("served", f"{format_size(found['served_bytes'])} read by the daemon for the kernel"))
         rows.append(("failed opens", found["failed_opens"]))
         rows.append(("missing", f"{count(found['missing'], 'blob')} when it was mounted"))
-    rows.append(("fetched", _describe_hydration(found["hydration"])))
+        rows.append(("fetched", _describe_hydration(found["hydration"])))
     print_table(rows)
     print(f"upcalls {sum(upcalls.values()):,}")
     print_table([(f"  {opcode}", f"{number:,}") for opcode, number in sorted(upcalls.items())], right=frozenset({1}))
