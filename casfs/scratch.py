@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from casfs.errors import SandboxError
+from store.sessions import make_locked_directory
 
 _PREFIX = "sandbox-"
 
@@ -27,7 +28,7 @@ class Scratch:
         """Raises SandboxError where nothing can be made."""
         try:
             base.mkdir(parents=True, exist_ok=True)
-            self.directory, self._lock = _make_locked(base)
+            self.directory, self._lock = make_locked_directory(base, _new_name)
         except OSError as error:
             raise SandboxError(f"can't make a scratch directory in {base}: {error.strerror}") from error
         self.lower, self.upper, self.work, self.merged = (
@@ -53,18 +54,8 @@ class Scratch:
             self._lock = -1
 
 
-def _make_locked(base: Path) -> tuple[Path, int]:
-    while True:
-        directory = base / f"{_PREFIX}{secrets.token_hex(8)}"
-        directory.mkdir(mode=0o700)
-        try:
-            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # a cleaner took it before it was locked
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if directory.exists():
-            return directory, lock
-        os.close(lock)
+def _new_name() -> str:
+    return f"{_PREFIX}{secrets.token_hex(8)}"
 
 
 def clear_leftovers(base: Path) -> int:

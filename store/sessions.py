@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,7 +29,10 @@ class Session:
     def __init__(self, layout: Layout) -> None:
         """Raises NoSpace, or StoreUnusable where nothing can be made there."""
         with translated(layout, "beginning to add"):
-            self.directory, self._lock = _make_locked(layout.tmp)
+            try:
+                self.directory, self._lock = make_locked_directory(layout.tmp, _new_name)
+            except FileNotFoundError:
+                raise StoreUnusable(f"{layout.tmp} is missing: this is not a whole store") from None
 
     def close(self) -> None:
         """Remove the directory; harmless when repeated."""
@@ -44,20 +47,26 @@ class Session:
             self._lock = -1
 
 
-def _make_locked(tmp: Path) -> tuple[Path, int]:
+def make_locked_directory(base: Path, new_name: Callable[[], str]) -> tuple[Path, int]:
+    """A new private directory in `base`, and the lock on it: a descriptor to be kept as long as it is ours.
+
+    A cleaner removes what it finds unlocked, so the name may have to be made again.
+    """
     while True:
-        directory = tmp / f"{time.time_ns()}-{secrets.token_hex(4)}"
+        directory = base / new_name()
+        os.mkdir(directory, 0o700)
         try:
-            os.mkdir(directory, 0o700)
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
-            if not tmp.is_dir():
-                raise StoreUnusable(f"{tmp} is missing: this is not a whole store") from None
-            continue  # a cleaner took the directory before it was locked
+            continue  # a cleaner took it before it was locked
         fcntl.flock(lock, fcntl.LOCK_EX)
         if directory.exists():
             return directory, lock
         os.close(lock)
+
+
+def _new_name() -> str:
+    return f"{time.time_ns()}-{secrets.token_hex(4)}"
 
 
 def living_sessions(layout: Layout, *, clean: bool) -> list[int]:

@@ -29,6 +29,10 @@ import pytest
 
 from casfs.mountinfo import list_mounts
 from casfs.syscalls import has_admin_capability
+from store.blobs import pack_row, unpack_row
+from store.digest import Digest
+from store.index import Change, Table
+from store.layout import blob_path
 from store.repository import Store
 
 _TEST_GRACE_SECONDS = 2.0
@@ -307,6 +311,19 @@ def store(tmp_path: Path) -> Iterator[Store]:
     """A new store in tmp_path / "store", closed afterwards."""
     with Store.open(tmp_path / "store") as opened:
         yield opened
+
+
+def set_age(store: Store, digest: Digest, seconds: int) -> None:
+    """Pretend that the blob was last used so long ago."""
+    then = int(time.time()) - seconds
+
+    def work(change: Change) -> None:
+        value = change.get(Table.BLOBS, digest.key)
+        assert value is not None
+        change.put(Table.BLOBS, digest.key, pack_row(unpack_row(value)._replace(used=then)))
+
+    store.index.update(work)
+    os.utime(store.layout.blobs / blob_path(digest), (then, then))
 
 
 @pytest.fixture

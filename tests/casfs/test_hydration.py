@@ -18,9 +18,8 @@ import pytest
 
 from casfs import control, mounting
 from casfs.checkout import check_out
-from store.blobs import pack_row, unpack_row
 from store.digest import Digest, DigestFunction
-from store.index import Change, Table
+from store.index import Table
 from store.layout import blob_path
 from store.repository import SourceOptions, Store
 from tests.casfs.conftest import Mounted, Mounts, errno_from, wait_until
@@ -298,16 +297,7 @@ def test_ctrl_c_ends_a_client_that_waits_for_a_source(mounts: Mounts, mount: Mou
 
 def test_what_a_mount_opened_counts_as_used_and_the_rest_does_not(mounts: Mounts, mount: Mount) -> None:
     root = mounts.add_files(FILES)
-    then = int(time.time()) - 100_000
-
-    def age(change: Change) -> None:
-        for key, value in list(change.scan(Table.BLOBS)):
-            change.put(Table.BLOBS, key, pack_row(unpack_row(value)._replace(used=then)))
-
-    with Store.open(mounts.root) as store:
-        store.index.update(age)
-    for content in FILES.values():
-        os.utime(mounts.blob(content), (then, then))
+    mounts.age()
     mounted = mount(root)
     for _ in range(2):
         assert read(mounted.path / "top") == FILES["top"]

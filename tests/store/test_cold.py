@@ -14,15 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from store.blobs import pack_row, unpack_row
 from store.digest import Digest, DigestFunction
 from store.errors import MissingBlob
 from store.importing import ScanOptions
-from store.index import Change, Table
 from store.layout import blob_path
 from store.repository import Store
 from store.trees import find_directory
-from tests.conftest import Requirements
+from tests.conftest import Requirements, set_age
 
 BLAKE3, SHA256 = DigestFunction.BLAKE3, DigestFunction.SHA256
 SECONDS = 30
@@ -33,18 +31,6 @@ def add(store: Store, content: bytes, *, age: int = 0, executable: bool = False)
         digest = ingest.add_bytes(content, BLAKE3, executable=executable)
     set_age(store, digest, age)
     return digest
-
-
-def set_age(store: Store, digest: Digest, seconds: int) -> None:
-    then = int(time.time()) - seconds
-
-    def work(change: Change) -> None:
-        value = change.get(Table.BLOBS, digest.key)
-        assert value is not None
-        change.put(Table.BLOBS, digest.key, pack_row(unpack_row(value)._replace(used=then)))
-
-    store.index.update(work)
-    os.utime(hot(store, digest), (then, then))
 
 
 def hot(store: Store, digest: Digest) -> Path:

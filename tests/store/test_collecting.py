@@ -11,37 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from store.blobs import pack_row, unpack_row
 from store.digest import Digest, DigestFunction
 from store.errors import StoreUnusable
 from store.gc import GRACE_SECONDS, Collected
 from store.importing import ScanOptions
-from store.index import Change, Table
+from store.index import Table
 from store.layout import blob_path
 from store.repository import Store
 from store.trees import Directory, find_directory
+from tests.conftest import set_age
 
 BLAKE3 = DigestFunction.BLAKE3
 SIZE = 1000
 
 
-def _age(store: Store, digest: Digest, seconds: int) -> None:
-    """Pretend that the blob was last used so long ago."""
-    then = int(time.time()) - seconds
-
-    def work(change: Change) -> None:
-        value = change.get(Table.BLOBS, digest.key)
-        assert value is not None
-        change.put(Table.BLOBS, digest.key, pack_row(unpack_row(value)._replace(used=then)))
-
-    store.index.update(work)
-    os.utime(store.layout.blobs / blob_path(digest), (then, then))
-
-
 def _add(store: Store, number: int, age: int) -> Digest:
     with store.ingest() as ingest:
         digest = ingest.add_bytes(bytes((number,)) * SIZE, BLAKE3)
-    _age(store, digest, age)
+    set_age(store, digest, age)
     return digest
 
 
@@ -54,7 +41,7 @@ def _tree(store: Store, top: Path, age: int = 100_000) -> Directory:
     with store.index.view() as view:
         keys = [key for key, _ in view.scan(Table.BLOBS)]
     for key in keys:
-        _age(store, Digest.from_key(key, 0), age)
+        set_age(store, Digest.from_key(key, 0), age)
     return tree
 
 
