@@ -34,12 +34,12 @@ from casfs.tree import FIXED_MTIME_NS
 from store import kernel
 from store.digest import Digest
 from store.entries import DirectoryEntry, FileEntry, ReferenceEntry, Stamp, SymlinkEntry, printable
-from store.errors import BadInput, MissingBlob, MissingManifest, NoSpace, StaleReference
+from store.errors import BadInput, MissingBlob, NoSpace, StaleReference
 from store.index import Table
 from store.layout import blob_path
 from store.prefetch import find_absent, prefetch
 from store.repository import Store
-from store.trees import Directory, Row, find_directory, list_entries, walk
+from store.trees import Directory, Row, get_directory, list_entries, walk
 
 _CHUNK_FILES = 32
 _WORKERS_MOST = 8
@@ -63,7 +63,7 @@ class Mode(Enum):
     so are files by reference.
     """
     COPY = "copy"
-    """A copy made by the kernel."""
+    """A copy with blocks of its own, also where the file system could share them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,7 @@ def check_out(
     CheckoutError. After an error the target is as it was.
     """
     with store.index.view() as view:
-        directory = find_directory(view, root)
-    if directory is None:
-        raise MissingManifest(f"directory {root} is not in the index")
+        directory = get_directory(view, root)
     with store.leases.acquire("checkout", [root], str(target)):
         # After the lease: from here on no collection takes anything of the tree.
         contents = Contents(store.blobs, PlainGateway(store.blobs))
@@ -314,7 +312,10 @@ class _FileMaker:
                         "file system that can (btrfs, XFS); use --mode copy or auto"
                     )
                 self._may_clone = False
-        kernel.copy(source, target)
+        if self._mode is Mode.COPY:
+            kernel.copy_unshared(source, target)
+        else:
+            kernel.copy(source, target)
         return Mode.COPY
 
 

@@ -5,7 +5,7 @@ the mount's owner may enter, so that it is found from the mount point alone:
 
     $CASFS_RUNTIME_DIR, $XDG_RUNTIME_DIR/casfs, /run/casfs as root, else /tmp/casfs-<uid>
 
-A request is ``{"op": name, …}``, an answer ``{"ok": …}`` or ``{"error": text}``.
+A request is ``{"op": name, …}``, an answer ``{"ok": …}`` or ``{"error": text, "input": whether the request is wrong}``.
 The server runs in a thread of its own beside the session.
 """
 
@@ -21,17 +21,20 @@ import socketserver
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from casfs.errors import MountError, NotMounted
+from casfs.changes import NOT_STEERABLE, Change, encode_changes
+from casfs.errors import BadChange, MountError, NotMounted
 from casfs.mountinfo import Mount, find_mount, resolve_mountpoint
+from store.errors import BadInput
 
 log = logging.getLogger("casfs")
 
 _TIMEOUT_SECONDS = 5.0
-_LONGEST = 1 << 20
+_LONGEST = 64 << 20
+"""Bytes of a request: some hundred thousand changes."""
 
 Operation = Callable[[dict[str, Any]], Any]
 
@@ -81,9 +84,8 @@ class ControlServer:
                     line = self.rfile.readline(_LONGEST)
                     self.wfile.write(_answer(line, operations) + b"\n")
 
-        with _names_locked(self._path.parent), _short_path(self._path) as address:
-            # A daemon that was killed leaves its socket; its device number is ours now.
-            self._path.unlink(missing_ok=True)
+        with _names_locked(self._path.parent), short_path(self._path) as address:
+            self._path.unlink(missing_ok=True)  # as `remove_stale_socket` says
             self._server = _Server(address, Handler)
             self._identity = self._path.stat(follow_symlinks=False).st_ino
         self._closing = False
@@ -116,6 +118,16 @@ class ControlServer:
         self._server.server_close()
 
 
+def remove_stale_socket(mount: Mount) -> None:
+    """For a new mount that no process serves: nobody would answer at a socket there.
+
+    A daemon that was killed leaves its socket, and the device number of its mount is free for others.
+    """
+    path = _socket_of(mount)
+    with _names_locked(path.parent):
+        path.unlink(missing_ok=True)
+
+
 def _answer(line: bytes, operations: dict[str, Operation]) -> bytes:
     try:
         request = json.loads(line)
@@ -124,20 +136,25 @@ def _answer(line: bytes, operations: dict[str, Operation]) -> bytes:
         return json.dumps({"error": f"not a request this daemon knows: {line[:100]!r}"}).encode()
     try:
         return json.dumps({"ok": operation(request)}).encode()
+    except (BadChange, BadInput) as error:
+        return json.dumps({"error": str(error), "input": True}).encode()
     except Exception as error:
         log.exception("control request %s", request["op"])
         return json.dumps({"error": str(error)}).encode()
 
 
-def call(mountpoint: Path, op: str, **arguments: Any) -> Any:
-    """Ask the daemon behind a mount. Raises NotMounted, or MountError where nobody answers."""
+def call(mountpoint: Path, op: str, *, timeout: float = _TIMEOUT_SECONDS, **arguments: Any) -> Any:
+    """Ask the daemon behind a mount, and wait for so many seconds at most.
+
+    Raises NotMounted, BadChange for a request that can't be met as it is, or MountError where nobody answers.
+    """
     mount = find_mount(str(resolve_mountpoint(mountpoint)))
     if mount is None or not mount.is_casfs:
         raise NotMounted(f"there is no casfs mount at {mountpoint}")
     path = _socket_of(mount)
     try:
-        with socket.socket(socket.AF_UNIX) as client, _short_path(path) as address:
-            client.settimeout(_TIMEOUT_SECONDS)
+        with socket.socket(socket.AF_UNIX) as client, short_path(path) as address:
+            client.settimeout(timeout)
             client.connect(address)
             with client.makefile("rwb") as stream:
                 stream.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
@@ -151,22 +168,39 @@ def call(mountpoint: Path, op: str, **arguments: Any) -> Any:
     if not line:
         raise MountError(f"the daemon of {mountpoint} ended without an answer")
     answer = json.loads(line)
+    if "input" in answer:
+        raise BadChange(answer["error"])
     if "error" in answer:
         raise MountError(f"{op} of {mountpoint}: {answer['error']}")
     return answer["ok"]
 
 
+def _is_served_by_nobody(mount: Mount | None) -> bool:
+    return mount is not None and mount.is_of_kernel_engine and not _socket_of(mount).exists()
+
+
 def statistics(mountpoint: Path) -> dict[str, Any]:
     """What the session behind a mount counted: ``engine``, ``upcalls`` by opcode and more.
 
-    Of a mount of the kernel engine there is nothing more: no process serves it.
+    Of a mount that no process serves there is nothing more.
     """
     mount = find_mount(str(resolve_mountpoint(mountpoint)))
-    if mount is not None and mount.is_of_kernel_engine:
+    if _is_served_by_nobody(mount):
         why = "no process serves this mount"
         return {"engine": "kernel", "why": why, "upcalls": {"READ": 0}, "served_bytes": 0, "failed_opens": 0}
     result: dict[str, Any] = call(mountpoint, "statistics")
     return result
+
+
+def remap(mountpoint: Path, changes: Iterable[Change], *, timeout: float = 600.0) -> int:
+    """Change what a mount shows, all or nothing; returns how many names the kernel had cached.
+
+    Raises BadChange, NotMounted, MountError.
+    """
+    mount = find_mount(str(resolve_mountpoint(mountpoint)))
+    if _is_served_by_nobody(mount):
+        raise BadChange(NOT_STEERABLE)
+    return int(call(mountpoint, "remap", timeout=timeout, changes=encode_changes(changes)))
 
 
 @contextlib.contextmanager
@@ -181,7 +215,7 @@ def _names_locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _short_path(path: Path) -> Iterator[str]:
+def short_path(path: Path) -> Iterator[str]:
     """A name for a socket that fits into the 107 bytes there are for it, through its directory's descriptor."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from casfs.fusemount import DEVICE, find_device_problem
 from casfs.mountinfo import list_mounts, mount_above
-from casfs.overlay import find_family
 from casfs.probes import Probe, probe_mount, probe_passthrough, probe_pyfuse3
-from casfs.sandbox_probe import probe_bubblewrap, probe_user_overlay
+from casfs.sandbox_probe import probe_bubblewrap, probe_layers, probe_user_layers, probe_user_overlay
 from casfs.syscalls import has_admin_capability, open_cached
 from store.errors import StoreError
 from store.kernel import try_clone
@@ -42,7 +41,8 @@ def examine(store_root: Path) -> list[Finding]:
         _examine_helper(),
         _examine_store(store_root),
         _examine_cores(),
-        _examine_kernel_engine(),
+        _finding("engine kernel", "a file read through an overlay with a data-only layer", probe_layers()),
+        _finding("kernel sandbox", "the same in a user namespace, with no privilege", probe_user_layers()),
     ]
     try:
         with _scratch_near(store_root) as scratch:
@@ -119,16 +119,6 @@ def _examine_store(store_root: Path) -> Finding:
         return Finding("store", False, how, str(error), "choose another place with --store or CASFS_STORE")
 
 
-def _examine_kernel_engine() -> Finding:
-    how = "a file read through an overlay with a data-only layer"
-    try:
-        family = find_family()
-    except OSError as error:
-        remedy = "mount as root, on Linux 6.13 or later with overlayfs"
-        return Finding("engine kernel", False, how, error.strerror or str(error), remedy)
-    return Finding("engine kernel", True, how, f"its bytes came, with xattrs of the family {family.name.lower()}")
-
-
 def _examine_cores() -> Finding:
     cores = len(os.sched_getaffinity(0))
     detail = f"{cores}: the native session polls in bursts" if cores > 1 else "1: the native session never polls"
@@ -157,6 +147,8 @@ def _examine_cached_lookup(file: Path) -> Finding:
 def _choice(findings: list[Finding]) -> Finding:
     """What `auto` takes, given these findings."""
     able = {finding.name for finding in findings if finding.ok}
+    if "engine kernel" in able:
+        return Finding("auto", True, "the first engine that can", "kernel")
     for engine in ("passthrough", "fuse"):
         if f"engine {engine}" in able and "mount" in able:
             return Finding("auto", True, "the first engine that can", engine)

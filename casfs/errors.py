@@ -7,6 +7,9 @@
     │   └── Busy                 files are open below it
     ├── MissingCapability        this machine or user can't do what was asked
     ├── BadRequest               bytes from the kernel that are no request we can answer
+    ├── BadChange                a change of a mounted tree can't be made
+    ├── BadTrace                 a file that is no trace, or a damaged one
+    ├── BadStream                what a sandboxfs was sent is no JSON
     ├── CheckoutError            a tree could not be copied out
     └── SandboxError             a sandbox could not be made or used
 
@@ -46,6 +49,18 @@ class MissingCapability(CasfsError):
 
 class BadRequest(CasfsError):
     """Bytes from the kernel that are no request we can answer."""
+
+
+class BadStream(CasfsError):
+    """What a sandboxfs was sent is no JSON object, so nobody knows where the next one begins."""
+
+
+class BadChange(CasfsError):
+    """A change of a mounted tree that can't be made as it is; nothing was changed."""
+
+
+class BadTrace(CasfsError):
+    """A file that can't be read as a trace."""
 
 
 class CheckoutError(CasfsError):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from casfs.errors import Busy, MissingCapability, MountError, NotMounted
 from casfs.mountinfo import FUSE_TYPE, find_mount
+from casfs.newmount import NO_DEV, NO_SUID, READ_ONLY, FileSystemContext
 from casfs.syscalls import (
     MNT_DETACH,
     MS_NODEV,
@@ -66,6 +67,29 @@ def attach(mountpoint: Path) -> int:
     if has_admin_capability():
         return _attach_directly(mountpoint)
     return _attach_with_helper(mountpoint)
+
+
+def make_unattached() -> tuple[int, int]:
+    """A new FUSE file system that is mounted nowhere: descriptors of its connection and of its root.
+
+    It lasts as long as a descriptor or a mount of it. Raises MissingCapability.
+    """
+    if problem := find_device_problem():
+        raise MissingCapability(f"can't mount: {problem.reason}; {problem.remedy}")
+    device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with FileSystemContext("fuse") as context:
+            context.set_string("source", SOURCE)
+            context.set_string("fd", str(device))
+            context.set_string("rootmode", "40000")
+            context.set_string("user_id", str(os.getuid()))
+            context.set_string("group_id", str(os.getgid()))
+            context.set_flag("default_permissions")
+            context.set_flag("allow_other")
+            return device, context.mount(READ_ONLY | NO_SUID | NO_DEV)
+    except OSError as error:
+        os.close(device)
+        raise MissingCapability(f"this user can't make a FUSE file system here: {error.strerror}") from error
 
 
 def _attach_directly(mountpoint: Path) -> int:

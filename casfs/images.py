@@ -5,12 +5,15 @@ used for long, and made anew if it is gone or damaged, as the same tree always
 makes the same bytes. The index remembers which blob is the image of which tree,
 and that all blobs of the tree were here when nothing had been removed since:
 
-    META  "image " + family + root's digest key → image's digest key, size, removals
+    META  "layer " + family + subtree's digest key (+ hash of its path) → image's digest key, size, removals
+
+An image is of a subtree at its place: the directories that lead there are in it, too.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import struct
 import time
@@ -21,12 +24,17 @@ from typing import NamedTuple
 from casfs.erofs import write_image
 from casfs.newmount import NO_DEV, NO_SUID, READ_ONLY, FileSystemContext
 from casfs.overlay import Family, redirect_of
+from casfs.planning import Subtree
 from store.blobs import touch
 from store.digest import KEY_BYTES, Digest, DigestFunction
+from store.entries import DirectoryEntry
 from store.errors import CorruptBlob, MissingBlob
 from store.index import Change, Table, View
 from store.repository import Store
-from store.trees import Directory, Row, list_entries
+from store.trees import Row, list_entries
+
+NEVER_WHOLE = (1 << 64) - 1
+"""Where `removals` never stands: blobs of the tree are missing."""
 
 _TAIL = struct.Struct("<QQ")
 
@@ -38,53 +46,59 @@ class Image(NamedTuple):
     removals: int
 
 
-def find_image(view: View, root: Digest, family: Family) -> Image | None:
+def find_image(view: View, subtree: Subtree, family: Family) -> Image | None:
     """What is remembered of a tree's image, which may be gone."""
-    value = view.get(Table.META, _key(root, family))
+    value = view.get(Table.META, _key(subtree, family))
     if value is None:
         return None
     size, counted = _TAIL.unpack_from(value, KEY_BYTES)
     return Image(Digest.from_key(value[:KEY_BYTES], size), counted)
 
 
-def open_image(store: Store, directory: Directory, family: Family, counted: int) -> int:
+def open_image(store: Store, subtree: Subtree, family: Family, counted: int) -> int:
     """A descriptor of the tree's image, made now if it isn't there; once, if two ask at a time.
 
     All blobs of the tree were here when `removals` stood at `counted`. Raises NoSpace, StoreUnusable.
     """
-    with _alone(store, directory):
+    with _alone(store, subtree):
         with store.index.view() as view:
-            known = find_image(view, directory.digest, family)
+            known = find_image(view, subtree, family)
         if known is not None:
             try:
                 descriptor = store.blobs.open(known.digest)
             except (MissingBlob, CorruptBlob):
                 pass
             else:
-                _remember(store, directory, family, Image(known.digest, counted))
+                _remember(store, subtree, family, Image(known.digest, counted))
                 return descriptor
-        digest = _build(store, directory, family)
-        _remember(store, directory, family, Image(digest, counted))
+        digest = _build(store, subtree, family)
+        _remember(store, subtree, family, Image(digest, counted))
         return store.blobs.open(digest)
 
 
-def _build(store: Store, directory: Directory, family: Family) -> Digest:
+def _build(store: Store, subtree: Subtree, family: Family) -> Digest:
+    leading = subtree.path.split(b"/") if subtree.path else []
+
     def rows_of(number: int) -> list[Row]:
+        if number < 0:  # the directories that lead to the subtree: -1 is the uppermost
+            depth = -number
+            below = subtree.id if depth == len(leading) else number - 1
+            return [Row(0, DirectoryEntry(leading[depth - 1], subtree.digest), below)]
         # A view each: adding what is written needs the index too, and a thread has one view at a time.
         with store.index.view() as view:
             return list(list_entries(view, number))
 
     with store.ingest() as ingest:
-        pieces = write_image(directory.id, rows_of, redirect_of, family)
+        pieces = write_image(-1 if leading else subtree.id, rows_of, redirect_of, family)
         return ingest.add_stream(_Stream(pieces), DigestFunction.BLAKE3)
 
 
-def _remember(store: Store, directory: Directory, family: Family, image: Image) -> None:
+def _remember(store: Store, subtree: Subtree, family: Family, image: Image) -> None:
     """Note which blob it is, what was complete when, and that it is in use now."""
     value = image.digest.key + _TAIL.pack(image.digest.size, image.removals)
 
     def work(change: Change) -> None:
-        change.put(Table.META, _key(directory.digest, family), value)
+        change.put(Table.META, _key(subtree, family), value)
         touch(change, [image.digest.key], int(time.time()))
 
     store.index.update(work)
@@ -97,15 +111,17 @@ def mount_image(image: int) -> int:
         return context.mount(READ_ONLY | NO_SUID | NO_DEV)
 
 
-def _key(root: Digest, family: Family) -> bytes:
-    return b"image " + family.name.encode() + b" " + root.key
+def _key(subtree: Subtree, family: Family) -> bytes:
+    # A key has at most 511 bytes.
+    place = hashlib.sha256(subtree.path).digest() if subtree.path else b""
+    return b"layer " + family.name.encode() + b" " + subtree.digest.key + place
 
 
 @contextmanager
-def _alone(store: Store, directory: Directory) -> Iterator[None]:
-    """One at a time for each tree, in all processes; the lock goes with whoever is killed."""
+def _alone(store: Store, subtree: Subtree) -> Iterator[None]:
+    """One at a time for each subtree, in all processes; the lock goes with whoever is killed."""
     # Among the leases, since there a lock file that nobody holds is cleared away.
-    path = store.layout.leases / f"image-{directory.digest.hex}"
+    path = store.layout.leases / f"image-{subtree.digest.hex}"
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

@@ -1,52 +1,52 @@
 """Mounting a tree: checks, the choice of an engine, the daemon, and unmounting.
 
-`start` returns once the mount is usable. The daemon is a fork of the caller
-that has let go of its terminal; it opens the store itself (an LMDB environment
-must not cross a fork), holds a lease on the tree as long as it lives, and ends
-when it is unmounted. SIGTERM, SIGINT and SIGHUP make it unmount.
+`start` returns once the mount is usable. Engine kernel needs no process behind
+it unless blobs are missing. Else there is a daemon, a fork of the caller
+(`casfs.daemon`); it opens the store itself (an LMDB environment must not cross
+a fork), holds a lease on the tree as long as it lives, and ends when it is
+unmounted. SIGTERM, SIGINT and SIGHUP make it unmount.
 """
 
 from __future__ import annotations
 
-import errno
-import gc
-import json
 import logging
-import logging.handlers
 import os
 import resource
-import signal
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from casfs import errors as casfs_errors
+from casfs.changes import NOT_STEERABLE, decode_changes
 from casfs.contents import Contents, PlainGateway, ReadOnlyGateway
-from casfs.control import ControlServer
-from casfs.errors import BadMountPoint, CasfsError, MissingCapability, MountError
-from casfs.fusemount import attach, detach
-from casfs.mountinfo import find_mount, resolve_mountpoint
-from casfs.session import Session
+from casfs.control import ControlServer, remove_stale_socket
+from casfs.daemon import logging_to, run_daemon
+from casfs.errors import BadChange, MissingCapability
+from casfs.fusemount import attach
+from casfs.mountpoint import check_mountpoint, find_own, unmounting_on_failure, unmounting_on_signals, wait_unmounted
+from casfs.overlay import Upper
+from casfs.session import make_session
+from casfs.steering import Steerable, Steering
 from casfs.syscalls import has_admin_capability
 from casfs.tree import ProjectedTree
-from store import errors as store_errors
+from casfs.writable import cover, opened_upper
 from store.digest import Digest
-from store.errors import StoreError
+from store.errors import MissingBlob
 from store.layout import Layout
+from store.leases import mount_source
 from store.repository import SourceOptions, Store
-from store.trees import find_directory
+from store.trees import get_directory
+
+if TYPE_CHECKING:
+    from casfs.tracing import Tracer
 
 log = logging.getLogger("casfs")
 
 ENGINES = ("auto", "kernel", "passthrough", "fuse", "native")
 """What can be asked for. `native` is the native session without passthrough: reads go through the daemon."""
-
-_GRACE_SECONDS = 3.0
-"""How long a daemon that was told to end goes on serving files that are still open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class MountReport:
     pid: int | None
 
 
-class _Serving(Protocol):
+class _Serving(Steerable, Protocol):
     """What the daemon needs of a session."""
 
     @property
@@ -69,98 +69,163 @@ class _Serving(Protocol):
     def statistics(self) -> dict[str, Any]: ...
 
 
-def check_mountpoint(mountpoint: Path) -> Path:
-    """The resolved place for a new mount; what a dead daemon left mounted there is cleared away.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to mount where. `root` is interned; `name` is its manifest, for the count of what is missing.
 
-    Raises BadMountPoint.
+    What is missing is fetched from the store's cold tier or `sources` when it
+    is opened. With `writable` the mount can be written: what is written goes to
+    that scratch directory, and is not synced to the disk while `volatile`.
+    `trace` is the file (an absolute path) that gets to know who uses what.
     """
-    path = resolve_mountpoint(mountpoint)
-    mounted = find_mount(str(path))
-    if mounted is not None and mounted.is_casfs:
-        if _is_alive(path):
-            raise BadMountPoint(f"{mountpoint} has a casfs mount already; 'casfs umount {mountpoint}' ends it")
-        detach(path, lazy=True)
-    elif mounted is not None:
-        raise BadMountPoint(f"{mountpoint} is a mount point of {mounted.kind} already")
-    try:
-        if os.listdir(path):
-            raise BadMountPoint(f"{mountpoint} is not empty: what is in it would be hidden")
-    except FileNotFoundError:
-        raise BadMountPoint(f"{mountpoint} does not exist; make it first (mkdir {mountpoint})") from None
-    except NotADirectoryError:
-        raise BadMountPoint(f"{mountpoint} is not a directory") from None
-    except OSError as error:
-        raise BadMountPoint(f"can't look into {mountpoint}: {error.strerror}") from error
-    if not os.access(path, os.W_OK) and not has_admin_capability():
-        raise BadMountPoint(f"{mountpoint} can't be written by this user: without root, mount on a directory of yours")
-    return path
 
+    store_root: Path
+    root: Digest
+    place: Path
+    name: str | None = None
+    sources: SourceOptions | None = None
+    writable: Path | None = None
+    volatile: bool = True
+    trace: Path | None = None
 
-def _is_alive(path: Path) -> bool:
-    try:
-        os.statvfs(path)
-    except OSError as error:
-        return error.errno not in (errno.ENOTCONN, errno.ECONNABORTED)
-    return True
+    @contextmanager
+    def upper(self) -> Iterator[Upper | None]:
+        """Its upper layer, if it shall have one. Raises MissingCapability, MountError."""
+        if self.writable is None:
+            yield None
+            return
+        with opened_upper(self.writable, volatile=self.volatile) as upper:
+            yield upper
+
+    @contextmanager
+    def tracer(self, engine: str) -> Iterator[Tracer | None]:
+        """Who writes its trace, if there shall be one. Raises AlreadyExists, BadInput."""
+        if self.trace is None:
+            yield None
+            return
+        from casfs.tracing import Tracer
+
+        with closing(Tracer(self.trace, self.root, engine)) as tracer:
+            yield tracer
 
 
 def start(
-    store_root: Path,
-    root: Digest,
-    mountpoint: Path,
+    request: Request,
     *,
     engine: str = "auto",
-    name: str | None = None,
     foreground: bool = False,
-    sources: SourceOptions | None = None,
     ready: Callable[[MountReport], None] = lambda report: None,
 ) -> MountReport:
-    """Mount the interned tree `root`; `name` is its manifest, for the count of what is missing.
-
-    What is missing is fetched from the store's cold tier or `sources` when it is opened.
+    """Mount a tree.
 
     Returns when the mount is usable; in the foreground, when it has ended
-    (`ready` is told when it is usable), but for engine kernel, which needs
-    nobody. The caller must have no store open.
+    (`ready` is told when it is usable), but where nobody is needed behind it.
+    The caller must have no store open.
     Raises BadMountPoint, MissingCapability, MountError, StoreError.
     """
-    path = check_mountpoint(mountpoint)
-    chosen, why = choose_engine(engine, store_root)
-    if chosen == "kernel":
-        report = _mount_in_kernel(store_root, root, path, why)
-        ready(report)
-        return report
+    request = replace(request, place=check_mountpoint(request.place))
+    why = "asked for"
+    if request.trace is not None:
+        from casfs.tracing import check_traceable
+
+        why = check_traceable(engine)
+    elif engine in ("auto", "kernel"):
+        try:
+            return _start_kernel(request, engine, foreground, ready)
+        except MissingCapability as error:
+            if engine == "kernel":
+                raise
+            why = f"kernel can't be used: {error}"
+    chosen, why = choose_engine(engine, request.store_root, why)
+    return _start_serving(lambda tell: _serve(request, chosen, why, tell), foreground, ready)
+
+
+def _start_serving(
+    serve: Callable[[Callable[[MountReport], None]], MountReport],
+    foreground: bool,
+    ready: Callable[[MountReport], None],
+) -> MountReport:
     if foreground:
-        return _serve(store_root, root, path, chosen, why, name, sources, ready)
-    report = _fork_daemon(lambda tell: _serve(store_root, root, path, chosen, why, name, sources, tell))
+        return serve(ready)
+    report = MountReport(**run_daemon(lambda tell: serve(lambda report: tell(asdict(report)))))
     ready(report)
     return report
 
 
-def _mount_in_kernel(store_root: Path, root: Digest, path: Path, why: str) -> MountReport:
+def _start_kernel(request: Request, engine: str, foreground: bool, ready: Callable[[MountReport], None]) -> MountReport:
+    """With engine kernel; with a daemon only where blobs are missing."""
+    from casfs.kernel_engine import check_quick, mount_tree
+
+    why = "asked for" if engine == "kernel" else "it can, and nothing costs an upcall"
+    if not has_admin_capability():
+        raise MissingCapability(
+            "engine kernel needs root (CAP_SYS_ADMIN) for a mount that others see; use --engine fuse, or 'casfs run'"
+        )
+    with Store.open(request.store_root, create=False) as store, request.upper() as upper:
+        if engine == "auto":
+            check_quick(store, request.root)
+        # From before it is mounted, as whoever sees the mount may send a signal.
+        with unmounting_on_signals(request.place) as ending:
+            try:
+                mount_tree(store, request.root, request.place, upper=upper)
+            except MissingBlob as error:
+                why = f"{why}; {error}"
+            else:
+                report = MountReport("kernel", why, missing=0, pid=os.getpid() if foreground else None)
+                with unmounting_on_failure(request.place):
+                    remove_stale_socket(find_own(request.place))
+                    ready(report)
+                ending.allow()
+                if foreground:
+                    wait_unmounted(request.place)
+                return report
+    return _start_serving(lambda tell: _serve_missing(request, why, tell), foreground, ready)
+
+
+def _serve_missing(request: Request, why: str, ready: Callable[[MountReport], None]) -> MountReport:
+    """The life of the daemon behind a mount of engine kernel: it fetches what is missing."""
+    from casfs.blob_mount import BlobMount
     from casfs.kernel_engine import mount_tree
 
-    with Store.open(store_root, create=False) as store:
-        mount_tree(store, root, path)
-    return MountReport("kernel", why, missing=0, pid=None)
+    path = request.place
+    with Store.open(request.store_root, create=False, sources=request.sources) as store, logging_to(store.layout.log):
+        fetching = BlobMount(store, request.root.function)
+        with unmounting_on_signals(path) as ending:
+            with request.upper() as upper:
+                mount_tree(store, request.root, path, fetching=fetching, upper=upper)
+            missing = store.manifests.count_missing(request.root, request.name)
+            with unmounting_on_failure(path):
+                control = _make_control(path, fetching.statistics, why, request.root, missing, store)
+            report = MountReport("kernel", why, missing, os.getpid())
+            try:
+                with unmounting_on_failure(path):
+                    ready(report)
+                ending.allow()
+                fetching.wait()
+            finally:
+                control.close()
+                log.info("unmounted %s", path)
+    return report
 
 
-def choose_engine(wanted: str, store_root: Path) -> tuple[str, str]:
-    """The engine to use for blobs of that store and why, having tried what it needs. Raises MissingCapability."""
+def choose_engine(wanted: str, store_root: Path, reason: str = "asked for") -> tuple[str, str]:
+    """The engine with a session to use for blobs of that store and why, having tried what it needs.
+
+    `reason` begins what is said. Raises MissingCapability.
+    """
     from casfs.probes import probe_passthrough, probe_pyfuse3
 
     if wanted not in ENGINES:
         raise MissingCapability(f"there is no engine {wanted!r}: choose one of {', '.join(ENGINES)}")
-    if wanted in ("kernel", "native"):
-        return wanted, "asked for"
-    reason = "asked for"
+    if wanted == "native":
+        return wanted, reason
     if wanted != "fuse":
         passthrough = probe_passthrough(Layout(store_root).marker)
         if passthrough.ok:
-            return "passthrough", passthrough.detail
+            return "passthrough", passthrough.detail if wanted == "passthrough" else f"{reason}; {passthrough.detail}"
         if wanted == "passthrough":
             raise MissingCapability(f"engine passthrough: {passthrough.detail}; {passthrough.remedy}")
-        reason = f"passthrough can't be used: {passthrough.detail}"
+        reason = f"{reason}; passthrough can't be used: {passthrough.detail}"
     pyfuse3 = probe_pyfuse3()
     if pyfuse3.ok:
         return "fuse", reason
@@ -169,66 +234,101 @@ def choose_engine(wanted: str, store_root: Path) -> tuple[str, str]:
     return "native", f"{reason}; and {pyfuse3.detail}"
 
 
-def _serve(
-    store_root: Path,
-    root: Digest,
-    path: Path,
-    engine: str,
-    why: str,
-    name: str | None,
-    sources: SourceOptions | None,
-    ready: Callable[[MountReport], None],
-) -> MountReport:
-    """The daemon's life, in whichever process."""
-    with Store.open(store_root, create=False, sources=sources) as store, _logging_to(store.layout.log):
-        with store.leases.acquire("mount", [root], str(path)):
+def _serve(request: Request, engine: str, why: str, ready: Callable[[MountReport], None]) -> MountReport:
+    """The life of a daemon with a session, in whichever process."""
+    path, root = request.place, request.root
+    with Store.open(request.store_root, create=False, sources=request.sources) as store, logging_to(store.layout.log):
+        with (
+            store.leases.acquire("mount", [root], str(path)) as lease,
+            request.upper() as upper,
+            request.tracer(engine) as tracer,
+        ):
             # After the lease: from here on no collection takes anything of the tree.
             with store.index.view() as view:
-                directory = find_directory(view, root)
-            if directory is None:
-                raise MountError(f"directory {root} is not in the index any more")
-            missing = store.manifests.count_missing(root, name)
+                directory = get_directory(view, root)
+            missing = store.manifests.count_missing(root, request.name)
             _raise_descriptor_limit()
-            session, contents = _make_session(store, ProjectedTree(store.index, directory), path, engine)
-            with _unmounting_on_failure(path):
-                session.begin()
-                control = _make_control(path, session, why, root, missing, store)
+            tree = ProjectedTree(store.index, directory)
+            session, contents = _make_session(store, tree, path, engine, tracer)
             report = MountReport(session.engine, why, missing, os.getpid())
-            try:
-                with _unmounting_on_signals(path):
-                    with _unmounting_on_failure(path):
-                        ready(report)  # fails when whoever asked for the mount was killed meanwhile
-                    session.run()
-            finally:
-                control.close()
-                contents.close()
-                log.info("unmounted %s", path)
+            with ExitStack() as ending:
+                ending.callback(log.info, "unmounted %s", path)
+                ending.callback(contents.close)
+                steering = Steering(store, tree, session, str(path)) if upper is None else None
+                if steering is not None:
+                    ending.callback(steering.close)
+
+                def show() -> None:
+                    """Once the session answers: the mount is as it shall be."""
+                    if upper is not None:
+                        cover(path, upper, mount_source(lease.info))
+                    control = _make_control(path, session.statistics, why, root, missing, store, steering)
+                    ending.callback(control.close)
+                    ready(report)  # fails when whoever asked for the mount was killed meanwhile
+
+                with unmounting_on_signals(path) as by_signal:
+                    by_signal.allow()
+                    with unmounting_on_failure(path):
+                        session.begin()
+                        if upper is None:
+                            show()
+                    if upper is None:
+                        session.run()
+                    else:
+                        _run_and(session, path, show)
     return report
 
 
-def _make_session(store: Store, tree: ProjectedTree, path: Path, engine: str) -> tuple[_Serving, Contents]:
+def _run_and(session: _Serving, path: Path, work: Callable[[], None]) -> None:
+    """Serve, and meanwhile do what needs that somebody serves; raises what that raises."""
+    failures: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            with unmounting_on_failure(path):
+                work()
+        except BaseException as error:  # noqa: BLE001 - raised below, when the session has ended
+            failures.append(error)
+
+    thread = threading.Thread(target=attempt, name="cover", daemon=True)
+    thread.start()
+    session.run()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _make_session(
+    store: Store, tree: ProjectedTree, path: Path, engine: str, tracer: Tracer | None
+) -> tuple[_Serving, Contents]:
     if engine == "fuse":
         from casfs.session_pyfuse3 import Pyfuse3Session
 
         contents = Contents(store.blobs, PlainGateway(store.blobs), store.hydrator)
-        return Pyfuse3Session(path, tree, contents), contents
+        return Pyfuse3Session(path, tree, contents, tracer), contents
     passthrough = engine == "passthrough"
     # Before the mount is attached: copies of mounts made afterwards could contain it and keep it alive.
     gateway = ReadOnlyGateway(store.layout) if passthrough else PlainGateway(store.blobs)
     contents = Contents(store.blobs, gateway, store.hydrator)
-    return Session(attach(path), tree, contents, passthrough=passthrough, fetch=contents.fetch), contents
+    return make_session(attach(path), tree, contents, passthrough, tracer), contents
 
 
-def _make_control(path: Path, session: _Serving, why: str, root: Digest, missing: int, store: Store) -> ControlServer:
-    mounted = find_mount(str(path))
-    if mounted is None:
-        raise MountError(f"{path} was unmounted at once")
+def _make_control(
+    path: Path,
+    statistics: Callable[[], dict[str, Any]],
+    why: str,
+    root: Digest,
+    missing: int,
+    store: Store,
+    steering: Steering | None = None,
+) -> ControlServer:
+    mounted = find_own(path)
     began = time.time()
 
     def describe(_: dict[str, Any]) -> dict[str, Any]:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return {
-            **session.statistics(),
+            **statistics(),
             "hydration": store.hydrator.statistics(),
             "why": why,
             "root": str(root),
@@ -239,54 +339,12 @@ def _make_control(path: Path, session: _Serving, why: str, root: Digest, missing
             "peak_memory_bytes": usage.ru_maxrss * 1024,
         }
 
-    return ControlServer(mounted, {"statistics": describe})
+    def remap(request: dict[str, Any]) -> int:
+        if steering is None:
+            raise BadChange(NOT_STEERABLE)
+        return steering.remap(decode_changes(request["changes"]))
 
-
-@contextmanager
-def _unmounting_on_failure(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with suppress(CasfsError):
-            detach(path, lazy=True)
-        raise
-
-
-@contextmanager
-def _unmounting_on_signals(path: Path) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP take the mount away; the session then ends by itself, or after a grace period."""
-
-    def end(number: int, _: Any) -> None:
-        with suppress(CasfsError):
-            detach(path, lazy=True)
-        # Files still open would keep the connection, and this process, alive: not for ever.
-        signal.signal(signal.SIGALRM, give_up)
-        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
-
-    def give_up(number: int, _: Any) -> None:
-        raise SystemExit(0)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Log lines go to the store's log; each is one write, so daemons share the file, and it may be rotated."""
-    handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
+    return ControlServer(mounted, {"statistics": describe, "remap": remap})
 
 
 def _raise_descriptor_limit() -> None:
@@ -294,93 +352,3 @@ def _raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _fork_daemon(serve: Callable[[Callable[[MountReport], None]], object]) -> MountReport:
-    """Run `serve` in a daemon; returns what it reports when ready, or raises what it raised before."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reading)
-            os._exit(_daemon(serve, writing))
-        finally:
-            # Not up the stack of what was forked: that is the caller's to unwind.
-            os._exit(1)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    if not text:
-        raise MountError("the daemon ended before the mount was usable; the store's casfs.log may say why")
-    message = json.loads(text)
-    if "error" in message:
-        raise _revive(message["error"], message["text"])
-    return MountReport(**message["report"])
-
-
-def _daemon(serve: Callable[[Callable[[MountReport], None]], object], writing: int) -> int:
-    """In the first child: become a daemon. Only the grandchild does something; returns an exit code."""
-    os.setsid()
-    if os.fork():
-        return 0
-    os.chdir("/")
-    sys.stdout.flush()
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-
-    def tell(message: dict[str, Any]) -> None:
-        nonlocal writing
-        if writing >= 0:
-            os.write(writing, json.dumps(message).encode())
-            os.close(writing)
-            writing = -1
-
-    # What came through the fork stays as it is: a collection that looked at it would copy all its pages.
-    gc.freeze()
-    try:
-        serve(lambda report: tell({"report": asdict(report)}))
-    except (CasfsError, StoreError) as error:
-        tell({"error": type(error).__name__, "text": str(error)})
-        return 1
-    except SystemExit:
-        return 0
-    except BaseException as error:
-        tell({"error": "MountError", "text": f"the daemon failed: {error!r}"})
-        log.exception("the daemon failed")
-        return 1
-    return 0
-
-
-def _revive(kind: str, text: str) -> Exception:
-    """The error of a daemon, as an exception of the same class here."""
-    found = getattr(casfs_errors, kind, None) or getattr(store_errors, kind, None)
-    if isinstance(found, type) and issubclass(found, CasfsError | StoreError):
-        return found(text)
-    return MountError(text)
-
-
-def unmount(mountpoint: Path, *, lazy: bool = False, wait: float = 5.0) -> None:
-    """Unmount, and wait (seconds) for the daemon to have let go of the store.
-
-    Works on a mount whose daemon was killed, too. Raises NotMounted, Busy.
-    """
-    from casfs.control import call
-
-    path = resolve_mountpoint(mountpoint)
-    pid = 0
-    with suppress(CasfsError):
-        pid = int(call(path, "statistics")["pid"])
-    detach(path, lazy=lazy)
-    deadline = time.monotonic() + wait
-    while pid and not lazy and time.monotonic() < deadline and _is_running(pid):
-        time.sleep(0.002)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] != b"Z"
-    except OSError:
-        return False

@@ -72,7 +72,15 @@ class FileSystemContext:
         os.close(self._descriptor)
 
 
-def attach_mount(mount: int, place: Path) -> None:
+def attach_mount(mount: int, place: Path | bytes) -> None:
     """Show a mount at a place, where it stays when `mount` is closed."""
     target = ctypes.c_char_p(os.fsencode(place))
-    syscall(f"move_mount {place}", _MOVE_MOUNT, mount, ctypes.c_char_p(b""), -100, target, _MOVE_MOUNT_F_EMPTY_PATH)
+    syscall(
+        f"move_mount {os.fsdecode(place)}",
+        _MOVE_MOUNT,
+        mount,
+        ctypes.c_char_p(b""),
+        -100,
+        target,
+        _MOVE_MOUNT_F_EMPTY_PATH,
+    )

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from casfs.errors import CasfsError, MountError
+from casfs.forking import hear_child
 from casfs.fusemount import attach, detach, find_device_problem
 from casfs.session import Session
 from casfs.syscalls import CLONE_NEWNS, MS_PRIVATE, MS_REC, clone_read_only, has_admin_capability, mount, unshare
@@ -179,25 +180,19 @@ _PROBE_SECONDS = 10
 
 def in_child(probe: Callable[[], Probe], remedy: str) -> Probe:
     """Run a probe in a child, which takes its namespaces and mounts with it; `remedy` is for what it can't explain."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def attempt(writing: int) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_PROBE_SECONDS)
         # What fails is the probe's answer, nothing for a log.
         logging.disable()
         try:
-            try:
-                result = probe()
-            except (OSError, CasfsError) as error:
-                result = Probe(False, str(error), remedy)
-            os.write(writing, json.dumps(asdict(result)).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
+            result = probe()
+        except (OSError, CasfsError) as error:
+            result = Probe(False, str(error), remedy)
+        os.write(writing, json.dumps(asdict(result)).encode())
+
+    text = hear_child(attempt)
     if not text:
         return Probe(False, "the probe crashed or hung", remedy)
     return Probe(**json.loads(text))

@@ -1,148 +1,171 @@
-"""Where a sandbox's read-only input root is: the one place that knows the engines below a sandbox.
+"""What lies below a sandbox: the one place that knows its engines.
 
-`project` mounts a tree in this process's mount namespace, and nothing of it
-outlives this process: engine `kernel` needs nobody, and the FUSE session is a
-thread here, whose connection the kernel closes with the process. Any thread
-may call; the caller holds the lease on the tree.
+A `Projection` shows one input root, with a sandbox's scratch over it, in this
+process's mount namespace; nothing of it outlives this process. Engine `kernel`
+stacks layers that are kept warm (`casfs.layers`); the others have a session in
+this process (`casfs.served`, imported only then). Any thread may call; the
+caller holds the lease on the tree.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from contextlib import suppress
-from pathlib import Path
-from typing import Protocol
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol
 
-from casfs.contents import Contents, PlainGateway, ReadOnlyGateway
-from casfs.errors import CasfsError, MissingCapability, MountError
-from casfs.fusemount import attach, detach
-from casfs.kernel_engine import mount_tree
-from casfs.probes import probe_passthrough
-from casfs.session import Session
+from casfs.errors import MissingCapability, MountError
+from casfs.layers import Layers, Layout, Layouts
+from casfs.newmount import attach_mount
+from casfs.overlay import Upper, stack, verify
+from casfs.scratch import Scratch, opened, unusable
 from casfs.syscalls import MNT_DETACH, umount
-from casfs.tree import ProjectedTree
 from store.digest import Digest
-from store.errors import MissingBlob
 from store.repository import Store
-from store.trees import Directory, find_directory
+
+if TYPE_CHECKING:
+    from casfs.tracing import Tracing
 
 ENGINES = ("auto", "kernel", "passthrough", "native")
 """What can be below a sandbox. `fuse` (pyfuse3) can't: it allows one mount a process; `native` serves in its place."""
 
 
-_KERNEL_NODES = 1_000
-"""Up to so many nodes `auto` takes engine `kernel`, which makes a metadata layer anew for each mount: 40 us a node."""
-
-
 class Projection(Protocol):
-    """A tree that is mounted for one sandbox; `why` says how the engine was chosen."""
+    """An input root below one sandbox; `why` says how the engine was chosen."""
 
     @property
     def engine(self) -> str: ...
     @property
     def why(self) -> str: ...
 
+    @property
+    def laid_out(self) -> int:
+        """How many nodes had to be laid out for it alone; what was kept warm doesn't count."""
+
     def upcalls(self) -> int:
-        """How many requests of the kernel were answered so far."""
+        """How many requests of the kernel were answered for it so far."""
 
     def close(self) -> None:
-        """Take the mount away."""
+        """Take the mounts away."""
 
 
-def project(store: Store, root: Digest, place: Path, engine: str = "auto") -> Projection:
-    """Mount the interned tree `root` at `place`.
+class Projector:
+    """Makes projections of one store's trees, with the engine that was asked for."""
 
-    Raises MissingCapability for an engine that was asked for and can't,
-    MountError, StoreError.
-    """
-    if engine not in ENGINES:
-        raise MissingCapability(f"a sandbox can't have engine {engine!r} below it: choose one of {', '.join(ENGINES)}")
-    directory = _get_directory(store, root)
-    why = "asked for"
-    if engine == "auto" and directory.nodes > _KERNEL_NODES:
-        why = f"kernel would take long to lay out {directory.nodes:,} nodes"
-    elif engine in ("auto", "kernel"):
-        try:
-            mount_tree(store, root, place)
-            return _InKernel(place, why if engine == "kernel" else "the first that can")
-        except (MissingCapability, MissingBlob, MountError) as error:
-            if engine == "kernel":
-                raise
-            why = f"kernel can't be used: {error}"
-    if engine in ("auto", "passthrough"):
-        probe = probe_passthrough(store.layout.marker)
-        if probe.ok:
-            return _Served(store, directory, place, True, why)
-        if engine == "passthrough":
-            raise MissingCapability(f"engine passthrough: {probe.detail}; {probe.remedy}")
-        why = f"{why}; passthrough can't be used: {probe.detail}"
-    return _Served(store, directory, place, False, why)
+    def __init__(self, store: Store, engine: str = "auto", layouts: Layouts | None = None) -> None:
+        """`layouts`: where engine `kernel` gets its layers from, if not of this process, and ours from now on.
+
+        Raises MissingCapability for an engine that can't be below a sandbox.
+        """
+        if engine not in ENGINES:
+            raise MissingCapability(
+                f"a sandbox can't have engine {engine!r} below it: choose one of {', '.join(ENGINES)}"
+            )
+        self._store = store
+        self._engine = engine
+        self._layouts = layouts
+        self._lock = threading.Lock()
+        # Under the lock; None where it wasn't tried yet, else what is lacking.
+        self._no_layers: MissingCapability | None = None
+        self._no_passthrough: str | None = None
+
+    def project(self, root: Digest, scratch: Scratch, *, volatile: bool, trace: Tracing | None = None) -> Projection:
+        """Show the interned tree `root` at ``scratch.merged``, writable, and traced if that is asked for.
+
+        Raises MissingCapability for an engine that was asked for and can't,
+        MountError, StoreError.
+        """
+        why = "asked for"
+        if trace is not None:
+            from casfs.tracing import check_traceable
+
+            why = check_traceable(self._engine)
+        elif self._engine in ("auto", "kernel"):
+            try:
+                why = "the first that can" if self._engine == "auto" else why
+                return _Layered(self._store, self.get_layouts(), root, scratch, volatile, why)
+            except (MissingCapability, MountError) as error:
+                if self._engine == "kernel":
+                    raise
+                why = f"kernel can't be used: {error}"
+                scratch.renew_work()
+        passthrough = self._engine != "native"
+        if passthrough and (lacking := self._probe_passthrough()):
+            if self._engine == "passthrough":
+                raise MissingCapability(f"engine passthrough: {lacking}")
+            passthrough, why = False, f"{why}; passthrough can't be used: {lacking}"
+        from casfs.served import Served
+
+        return Served(self._store, root, scratch, volatile, passthrough, why, trace)
+
+    def get_layouts(self) -> Layouts:
+        """Where layers come from. Raises MissingCapability where there can be none."""
+        with self._lock:
+            if self._no_layers is not None:
+                raise self._no_layers
+            if self._layouts is None:
+                try:
+                    self._layouts = Layers(self._store)
+                except MissingCapability as error:
+                    self._no_layers = error
+                    raise
+            return self._layouts
+
+    def _probe_passthrough(self) -> str:
+        """What passthrough lacks here; empty if nothing. Found out once: it takes a mount in a process of its own."""
+        with self._lock:
+            if self._no_passthrough is None:
+                from casfs.probes import probe_passthrough
+
+                probe = probe_passthrough(self._store.layout.marker)
+                self._no_passthrough = "" if probe.ok else f"{probe.detail}; {probe.remedy}"
+            return self._no_passthrough
+
+    def close(self) -> None:
+        """Let go of the layers."""
+        if self._layouts is not None:
+            self._layouts.close()
 
 
-def _get_directory(store: Store, root: Digest) -> Directory:
-    with store.index.view() as view:
-        directory = find_directory(view, root)
-    if directory is None:
-        raise MountError(f"directory {root} is not in the index any more")
-    return directory
-
-
-class _InKernel:
-    """A mount that nobody serves."""
+class _Layered:
+    """Layers and scratch in one overlay, that nobody serves."""
 
     engine = "kernel"
+    laid_out: int
 
-    def __init__(self, place: Path, why: str) -> None:
+    def __init__(
+        self, store: Store, layouts: Layouts, root: Digest, scratch: Scratch, volatile: bool, why: str
+    ) -> None:
         self.why = why
-        self._place = place
+        self._layouts = layouts
+        self._before = layouts.upcalls()
+        with ExitStack() as parts:
+            layout = parts.enter_context(layouts.lay_out(root))
+            self.laid_out = layout.fresh_nodes
+            here = store.blobs.directory_of(root.function)
+            mounted = _stack_writable(layout, here, scratch, volatile)
+            try:
+                verify(layout.sample, here, mounted)
+                attach_mount(mounted, scratch.merged)
+            except OSError as error:
+                raise MountError(f"can't mount on {scratch.merged}: {error.strerror}") from error
+            finally:
+                os.close(mounted)
+            parts.callback(umount, str(scratch.merged), MNT_DETACH)
+            self._parts = parts.pop_all()
 
     def upcalls(self) -> int:
-        return 0
+        """Those for blobs that were missing, for all sandboxes meanwhile that share the layers."""
+        return self._layouts.upcalls() - self._before
 
     def close(self) -> None:
-        umount(str(self._place), MNT_DETACH)
+        self._parts.close()
 
 
-class _Served:
-    """A native session in a thread of this process."""
-
-    def __init__(self, store: Store, directory: Directory, place: Path, passthrough: bool, why: str) -> None:
-        self.engine = "passthrough" if passthrough else "native"
-        self.why = why
-        self._place = place
-        # Before the mount is attached: copies of mounts made afterwards could contain it and keep it alive.
-        gateway = ReadOnlyGateway(store.layout) if passthrough else PlainGateway(store.blobs)
-        self._contents = Contents(store.blobs, gateway, store.hydrator)
+def _stack_writable(layout: Layout, blobs: int, scratch: Scratch, volatile: bool) -> int:
+    with opened(scratch.upper, scratch.work) as (upper, work):
         try:
-            self._device = attach(place)
-        except BaseException:
-            self._contents.close()
-            raise
-        tree = ProjectedTree(store.index, directory)
-        self._session = Session(self._device, tree, self._contents, passthrough=passthrough, fetch=self._contents.fetch)
-        try:
-            self._session.begin()
-        except BaseException:
-            self._leave()
-            raise
-        self._thread = threading.Thread(target=self._session.run, name=f"session {place}", daemon=True)
-        self._thread.start()
-
-    def upcalls(self) -> int:
-        return sum(self._session.statistics()["upcalls"].values())
-
-    def close(self) -> None:
-        with suppress(CasfsError):
-            detach(self._place, lazy=True)
-        # Ends as soon as the last copy of the mount does, in the namespace of a command that is being killed.
-        self._thread.join(5)
-        if not self._thread.is_alive():
-            os.close(self._device)
-            self._contents.close()
-
-    def _leave(self) -> None:
-        with suppress(CasfsError):
-            detach(self._place, lazy=True)
-        os.close(self._device)
-        self._contents.close()
+            over = Upper(upper, work, volatile)
+            return stack(layout.layers, [blobs, *layout.fetching], layout.family, "casfs-sandbox", over)
+        except OSError as error:
+            raise unusable(scratch, error) from error

@@ -1,63 +1,59 @@
 """Writable sandboxes: an input root, host scratch over it, one command at a time in namespaces of its own.
 
     enter_namespace()                      # once, in a process with one thread
-    with Sandbox.open(store, root, outputs=[b"out/a.o"]) as sandbox:
-        finished = sandbox.run(["cc", "-c", "a.c", "-o", "out/a.o"], host_root=True)
-        captured = sandbox.capture()
+    with Sandboxes(store) as sandboxes:
+        with sandboxes.open(root, outputs=[b"out/a.o"]) as sandbox:
+            finished = sandbox.run(["cc", "-c", "a.c", "-o", "out/a.o"], host_root=True)
+            captured = sandbox.capture()
 
-The input root is the read-only lower layer of an overlayfs (`casfs.projection`),
-its upper layer is a scratch directory, so writes are native and inputs never
-change. All mounts are made in the mount namespace that `enter_namespace` made:
-they vanish with this process, however it ends, and so does the command
-(bubblewrap's --die-with-parent). What can stay is scratch, which the next
-`Sandbox.open` clears.
+The input root lies below an overlayfs (`casfs.projection`) whose upper layer is
+a scratch directory, so writes are native and inputs never change. All mounts
+are made in the mount namespace that `enter_namespace` made: they vanish with
+this process, however it ends, and so does the command (bubblewrap's
+--die-with-parent). What can stay is scratch, which the next `Sandboxes` clears.
 
-Sandboxes may be opened and used from different threads, each from one; `run`
-must be called by a thread that lives until it returns.
+A `Sandboxes` keeps warm what its sandboxes share, so a program that opens many
+has one. They may be opened and used from different threads, each from one;
+`run` must be called by a thread that lives until it returns.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import select
-import shutil
 import subprocess
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from casfs.capture import Captured, capture, check_output_paths, find_symlink_above
+from casfs import bubblewrap
+from casfs.bubblewrap import PLACE, TEMPORARY, Watcher
+from casfs.capture import Captured, Taken, capture, check_output_paths, take
 from casfs.errors import MissingCapability, SandboxError
-from casfs.projection import Projection, project
-from casfs.scratch import Scratch, clear_leftovers
+from casfs.host_view import HostViews
+from casfs.layers import Layouts
+from casfs.projection import Projection, Projector
+from casfs.scratch import Scratch, ScratchSpace
 from casfs.syscalls import (
     CLONE_NEWNS,
     CLONE_NEWUSER,
-    MNT_DETACH,
-    MS_NODEV,
-    MS_NOSUID,
     MS_REC,
     MS_SLAVE,
     has_admin_capability,
     mount,
-    umount,
     unshare,
 )
 from store.digest import Digest
-from store.entries import printable
+from store.entries import DirectoryEntry, SymlinkEntry, printable
 from store.errors import BadName
+from store.ingest import Ingest
 from store.repository import Store
+from store.trees import Row, find_along, get_directory
 
-PLACE = "/build"
-"""Where a command finds its input root, and begins."""
-
-_TEMPORARY = "/tmp"  # noqa: S108 - the sandbox's own
-_NOT_FROM_HOST = {"proc", "dev", "tmp", "sys", "run", PLACE.lstrip("/")}
-"""What of the host's root is never shown: what the sandbox has of its own, and sockets of services."""
+log = logging.getLogger("casfs")
 
 
 def enter_namespace(*, privileged: bool | None = None) -> None:
@@ -94,88 +90,150 @@ def enter_namespace(*, privileged: bool | None = None) -> None:
 class Finished:
     """How a command ended: its exit code (128 and the signal's number for a signal), and its time in seconds.
 
-    `timed_out`: it was killed. `disk_full`: scratch had no room left when it ended.
+    `timed_out`: it was killed. `disk_full`: scratch had no room left when it ended. `stopped`: its watcher ended it.
+    `begun`: there was such a command. `cpu` in seconds and `memory` (bytes of its largest process) are known to a
+    process that adopts orphans.
     """
 
     code: int
     seconds: float
     timed_out: bool = False
     disk_full: bool = False
+    stopped: bool = False
+    begun: bool = True
+    cpu: float = 0.0
+    memory: int = 0
+
+
+class Sandboxes:
+    """Opens sandboxes on the trees of one store; `close` waits until the last of them is taken away."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        scratch: Path | None = None,
+        engine: str = "auto",
+        layouts: Layouts | None = None,
+        volatile: bool = True,
+    ) -> None:
+        """`scratch` is where scratch directories are made, else beside the blobs.
+
+        From there outputs enter the store without a copy. `layouts`: where
+        engine kernel gets its layers from, if they shall not be of this
+        process. `volatile`: nothing of scratch is synced to the disk. Raises
+        MissingCapability, SandboxError.
+        """
+        self.store = store
+        self.projector = Projector(store, engine, layouts)
+        self._space = ScratchSpace((scratch or store.layout.root / "scratch").absolute())
+        self._volatile = volatile
+        self.host_views = HostViews(self._space.directory)
+        # Unmounting waits for the kernel to be sure that nobody looks, several milliseconds: not the next action's.
+        self._closer = ThreadPoolExecutor(1, "close-sandbox")
+
+    def open(self, root: Digest, *, outputs: Iterable[bytes] = (), trace: Path | None = None) -> Sandbox:
+        """A sandbox with the interned tree `root`; the parents of `outputs` are made.
+
+        `trace` is a file that gets to know who uses what of the tree, complete
+        when the sandbox is gone (`Sandboxes.wait_closed`). Raises BadName for an
+        output outside of the tree, MissingCapability, MountError,
+        SandboxError, StoreError.
+        """
+        paths = check_output_paths(outputs)
+        with ExitStack() as parts:
+            parts.enter_context(self.store.leases.acquire("sandbox", [root], str(self._space.base)))
+            scratch = self._space.new()
+            parts.callback(scratch.close)
+            _make_parents(self.store, root, paths, scratch.upper)
+            tracing = None
+            if trace is not None:
+                from casfs.tracing import Tracing
+
+                tracing = Tracing(trace, paths)
+            projection = self.projector.project(root, scratch, volatile=self._volatile, trace=tracing)
+            parts.callback(projection.close)
+            return Sandbox(self, root, paths, scratch, projection, parts.pop_all())
+
+    def retire(self, parts: ExitStack) -> None:
+        """Close what a sandbox was made of, in the background."""
+        self._closer.submit(_close_logged, parts)
+
+    def wait_closed(self) -> None:
+        """Until all that was closed so far is gone."""
+        self._closer.submit(int).result()
+
+    def close(self) -> None:
+        """Take everything away; the sandboxes must have been closed. Harmless when repeated."""
+        self._closer.shutdown(wait=True)
+        self.projector.close()
+        self.host_views.close()
+        self._space.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _close_logged(parts: ExitStack) -> None:
+    try:
+        parts.close()
+    except Exception:
+        log.exception("closing a sandbox")
+
+
+def _make_parents(store: Store, root: Digest, outputs: Iterable[bytes], upper: Path) -> None:
+    """Make the directories above outputs, in the upper layer: where the inputs have them too, they merge."""
+    made = {b""}
+    with store.index.view() as view:
+        top = get_directory(view, root).id
+        for path in outputs:
+            # An action may have many thousand outputs, in few directories.
+            if (parent := path.rpartition(b"/")[0]) not in made:
+                _make_directories(path, parent, list(find_along(view, top, parent)), upper, made)
+
+
+def _make_directories(path: bytes, parent: bytes, rows: Sequence[Row], upper: Path, made: set[bytes]) -> None:
+    """Those on the way to `parent`, but for those that were `made`; `rows` is what the inputs have of them."""
+    above = b""
+    for depth, name in enumerate(parent.split(b"/")):
+        above = above + b"/" + name if above else name
+        if above in made:
+            continue
+        made.add(above)
+        entry = rows[depth].entry if depth < len(rows) else None
+        if isinstance(entry, SymlinkEntry):
+            raise BadName(f"output {printable(path)} is behind the symbolic link {printable(above)} of the input root")
+        if not isinstance(entry, DirectoryEntry | None):
+            raise BadName(f"output {printable(path)}: {printable(above)} is an input file")
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(os.path.join(os.fsencode(upper), above), 0o755)
+        except OSError as error:
+            raise SandboxError(f"can't make the parents of output {printable(path)}: {error.strerror}") from error
 
 
 class Sandbox:
-    """One input root with scratch over it; `open` makes it, `close` takes it away."""
+    """One input root with scratch over it; made by `Sandboxes.open`, and `close` takes it away."""
 
-    def __init__(self, store: Store, root: Digest, outputs: list[bytes]) -> None:
-        """For `open`."""
-        self._store = store
+    def __init__(
+        self,
+        owner: Sandboxes,
+        root: Digest,
+        outputs: list[bytes],
+        scratch: Scratch,
+        projection: Projection,
+        parts: ExitStack,
+    ) -> None:
+        self._owner = owner
         self.root = root
         self._outputs = outputs
-        self._parts = ExitStack()
-        self.scratch: Scratch
-        self.projection: Projection
-
-    @classmethod
-    def open(
-        cls,
-        store: Store,
-        root: Digest,
-        *,
-        outputs: Iterable[bytes] = (),
-        scratch: Path | None = None,
-        engine: str = "auto",
-        volatile: bool = True,
-    ) -> Self:
-        """A sandbox with the interned tree `root`; the parents of `outputs` are made.
-
-        `scratch` is where its scratch directory is made, else beside the blobs,
-        from where outputs enter the store without a copy. `volatile`: nothing
-        of scratch is synced to the disk. Raises BadName for an output outside
-        of the tree, MissingCapability, MountError, SandboxError, StoreError.
-        """
-        sandbox = cls(store, root, check_output_paths(outputs))
-        base = (scratch or store.layout.root / "scratch").absolute()
-        clear_leftovers(base)
-        try:
-            sandbox._build(base, engine, volatile)
-        except BaseException:
-            sandbox.close()
-            raise
-        return sandbox
-
-    def _build(self, base: Path, engine: str, volatile: bool) -> None:
-        self._parts.enter_context(self._store.leases.acquire("sandbox", [self.root], str(base)))
-        self.scratch = Scratch(base)
-        self._parts.callback(self.scratch.close)
-        self.projection = project(self._store, self.root, self.scratch.lower, engine)
-        self._parts.callback(self.projection.close)
-        for path in self._outputs:
-            self._make_parents(path)
-        mount_writable(self.scratch, volatile=volatile)
-        self._parts.callback(umount, str(self.scratch.merged), MNT_DETACH)
-
-    def _make_parents(self, path: bytes) -> None:
-        """Make the directories above an output, in the upper layer: where the inputs have them too, they merge."""
-        link = find_symlink_above(self.scratch.lower, path)
-        if link is not None:
-            raise BadName(f"output {printable(path)} is behind the symbolic link {printable(link)} of the input root")
-        parent, upper, lower = (
-            path.rpartition(b"/")[0],
-            os.fsencode(self.scratch.upper),
-            os.fsencode(self.scratch.lower),
-        )
-        if not parent:
-            return
-        components = parent.split(b"/")
-        for depth in range(1, len(components) + 1):
-            above = b"/".join(components[:depth])
-            if os.path.lexists(os.path.join(lower, above)) and not os.path.isdir(os.path.join(lower, above)):
-                raise BadName(f"output {printable(path)}: {printable(above)} is an input file")
-            try:
-                with suppress(FileExistsError):
-                    os.mkdir(os.path.join(upper, above), 0o755)
-            except OSError as error:
-                raise SandboxError(f"can't make the parents of output {printable(path)}: {error.strerror}") from error
+        self.scratch = scratch
+        self.projection = projection
+        self._parts = parts
+        self._closed = False
 
     def run(
         self,
@@ -189,56 +247,61 @@ class Sandbox:
         stdin: int | IO[bytes] | None = subprocess.DEVNULL,
         stdout: int | IO[bytes] | None = None,
         stderr: int | IO[bytes] | None = None,
+        exactly: bool = False,
+        watcher: Watcher | None = None,
     ) -> Finished:
         """Run a command and wait until it, and everything it started, has ended.
 
         It sees the input root at `PLACE` (its working directory, or
         `directory` below it), /proc, a minimal /dev, an empty /tmp, and with
-        `host_root` the host's directories, read-only. The environment is what
-        is given and no more. Raises MissingCapability without bubblewrap.
+        `host_root` the host's directories; all else is read-only. The environment is what
+        is given, and HOME and PATH if not `exactly`; bubblewrap adds PWD.
+        `watcher` looks after it. Raises MissingCapability without bubblewrap,
+        SandboxError.
         """
-        began = time.monotonic()
-        words = [*_bubblewrap(network, host_root), "--bind", str(self.scratch.merged), PLACE]
-        words += ["--chdir", os.path.join(PLACE, directory)]
-        reading, writing = os.pipe()
-        try:
-            process = subprocess.Popen(
-                [*words, "--info-fd", str(writing), "--", *command],
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                env=_environment(environment or {}, host_root),
-                pass_fds=[writing],
-                cwd="/",
-            )
-        except BaseException:
-            os.close(reading)
-            raise
-        finally:
-            os.close(writing)
-        timed_out = False
-        first: int | None = None
-        with open(reading, "rb") as info, process:
-            try:
-                first = _first_process(info.read())
-                try:
-                    code = process.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    timed_out, code = True, 124
-            finally:
-                # Ends what still runs; a no-op after an ordinary end.
-                process.kill()
-                _wait_ended(first)
-        return Finished(code, time.monotonic() - began, timed_out, self.scratch.is_full())
+        view = self._owner.host_views.find(network) if host_root else ""
+        words: list[str] = [*bubblewrap.command_line(network, host_root, view)]
+        words += ["--bind", str(self.scratch.merged), PLACE]
+        if not view:
+            # As a view is: whether there is one yet shall make no difference.
+            words += ["--remount-ro", "/"]
+        words += ["--chdir", os.path.join(PLACE, directory) if directory else PLACE]
+        environment = environment or {}
+        ended = bubblewrap.run(
+            words,
+            command,
+            environment if exactly else _environment(environment, host_root),
+            timeout=timeout,
+            watcher=watcher,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+        )
+        return Finished(
+            ended.code,
+            ended.seconds,
+            ended.timed_out,
+            self.scratch.is_full(),
+            ended.stopped,
+            ended.begun,
+            ended.cpu,
+            ended.memory,
+        )
 
     def capture(self) -> Captured:
         """Bring the declared outputs into the store, and report what else changed. Raises StoreError, OSError."""
-        scratch = self.scratch
-        return capture(self._store, scratch.upper, scratch.merged, scratch.lower, self._outputs, self.root.function)
+        return capture(self._owner.store, self.scratch.upper, self.scratch.merged, self.root, self._outputs)
+
+    def take(self, ingest: Ingest) -> Taken:
+        """The same into a session of the caller's, whose flush makes it durable; no tree is made of the outputs."""
+        store, scratch = self._owner.store, self.scratch
+        return take(store, scratch.upper, scratch.merged, self.root, self._outputs, ingest)
 
     def close(self) -> None:
-        """Take everything away; harmless when repeated."""
-        self._parts.close()
+        """Have everything taken away, in the background; harmless when repeated."""
+        if not self._closed:
+            self._closed = True
+            self._owner.retire(self._parts)
 
     def __enter__(self) -> Self:
         return self
@@ -247,76 +310,5 @@ class Sandbox:
         self.close()
 
 
-def mount_writable(scratch: Scratch, *, volatile: bool) -> None:
-    """Mount ``upper`` over ``lower`` at ``merged``. Raises MissingCapability.
-
-    Paths are given as descriptors: in overlayfs's option text a comma or a
-    colon would end them.
-    """
-    # With userxattr there is neither metacopy nor redirect_dir: what is copied up is copied whole.
-    options = "userxattr,index=off" + (",volatile" if volatile else "")
-    with _opened(scratch) as (lower, upper, work):
-        paths = f"lowerdir=/proc/self/fd/{lower},upperdir=/proc/self/fd/{upper},workdir=/proc/self/fd/{work}"
-        try:
-            mount("casfs-sandbox", str(scratch.merged), "overlay", MS_NOSUID | MS_NODEV, f"{paths},{options}")
-        except OSError as error:
-            raise MissingCapability(
-                f"overlayfs can't use {scratch.directory} as scratch ({os.strerror(error.errno or 0)}): it must be on "
-                "a file system with user xattrs that is no overlay itself (ext4, XFS, btrfs, tmpfs of Linux 6.6), "
-                "and without root Linux 5.11 is needed; --scratch names another place"
-            ) from error
-
-
-@contextmanager
-def _opened(scratch: Scratch) -> Iterator[list[int]]:
-    with ExitStack() as stack:
-        descriptors = []
-        for path in (scratch.lower, scratch.upper, scratch.work):
-            descriptors.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-            stack.callback(os.close, descriptors[-1])
-        yield descriptors
-
-
-def _bubblewrap(network: bool, host_root: bool) -> list[str]:
-    """The beginning of its command line: everything but the input root and the command."""
-    program = shutil.which("bwrap")
-    if program is None:
-        raise MissingCapability("running a command needs bubblewrap: install the Debian package bubblewrap")
-    words = [program, "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--hostname", "casfs"]
-    words += ["--die-with-parent", "--new-session"]
-    if os.getuid() == 0:
-        words += ["--cap-drop", "ALL"]
-    # Who wrote a directory's mode shall not matter: everything is the action's to write, in its own scratch.
-    words += ["--cap-add", "CAP_DAC_OVERRIDE"]
-    if not network:
-        words.append("--unshare-net")
-    if host_root:
-        for name in sorted(set(os.listdir("/")) - (_NOT_FROM_HOST - {"run"} if network else _NOT_FROM_HOST)):
-            path = f"/{name}"
-            if os.path.islink(path):
-                words += ["--symlink", os.readlink(path), path]
-            elif os.path.isdir(path):
-                words += ["--ro-bind-try", path, path]
-    return [*words, "--proc", "/proc", "--dev", "/dev", "--tmpfs", _TEMPORARY]
-
-
 def _environment(wanted: Mapping[str, str], host_root: bool) -> dict[str, str]:
-    return {"HOME": _TEMPORARY, "PATH": "/usr/bin:/bin" if host_root else PLACE, **wanted}
-
-
-def _first_process(info: bytes) -> int | None:
-    """A descriptor of the first process of bubblewrap's pid namespace, or None where it never came to be."""
-    with suppress(ValueError, KeyError, OSError):
-        return os.pidfd_open(json.loads(info)["child-pid"])
-    return None
-
-
-def _wait_ended(first: int | None) -> None:
-    """Wait until that process is gone: the kernel has then ended all others of its namespace.
-
-    bubblewrap itself returns when the command ends, which may have left
-    processes behind that still write.
-    """
-    if first is not None:
-        with open(first, "rb", buffering=0):
-            select.select([first], [], [], 10)
+    return {"HOME": TEMPORARY, "PATH": "/usr/bin:/bin" if host_root else PLACE, **wanted}

@@ -7,9 +7,11 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
+from casfs.overlay import find_family
 from casfs.probes import Probe, in_child
-from casfs.sandbox import enter_namespace, mount_writable
-from casfs.scratch import Scratch
+from casfs.sandbox import enter_namespace
+from casfs.scratch import Scratch, ScratchSpace
+from casfs.served import mount_writable
 
 _SECONDS = 10
 
@@ -29,14 +31,36 @@ def probe_bubblewrap() -> Probe:
     return Probe(True, f"{program} ran a command")
 
 
+def probe_layers() -> Probe:
+    """Stack metadata over data, as this user is."""
+    return in_child(_try_layers, "mount as root, on Linux 6.13 or later with overlayfs")
+
+
+def probe_user_layers() -> Probe:
+    """Stack metadata over data in a new user namespace of this user."""
+
+    def attempt() -> Probe:
+        enter_namespace(privileged=False)
+        return _try_layers()
+
+    remedy = "use Linux 6.16 or later; until then 'casfs run' as an ordinary user has a FUSE session below it"
+    return in_child(attempt, remedy)
+
+
+def _try_layers() -> Probe:
+    return Probe(True, f"its bytes came, with xattrs of the family {find_family().name.lower()}")
+
+
 def probe_user_overlay(directory: Path) -> Probe:
     """Write through an overlayfs with its scratch in `directory`, in a new user namespace of this user."""
-    with closing(Scratch(directory)) as scratch:
+    with closing(ScratchSpace(directory)) as space:
+        scratch = space.new()
         return in_child(lambda: _try_overlay(scratch), "run sandboxes as root, on a kernel from 5.11 on")
 
 
 def _try_overlay(scratch: Scratch) -> Probe:
     enter_namespace(privileged=False)
+    scratch.lower.mkdir()
     mount_writable(scratch, volatile=True)
     (scratch.merged / "file").write_bytes(b"written")
     if (scratch.upper / "file").read_bytes() != b"written":

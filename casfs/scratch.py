@@ -1,45 +1,51 @@
-"""Scratch directories of sandboxes: made, locked while their owner lives, removed, and cleared after a kill.
+"""Scratch of sandboxes: directories made, locked while their owner lives, removed, and cleared after a kill.
 
-Each has ``lower`` (where the input root is mounted), ``upper`` and ``work``
-(overlayfs's) and ``merged`` (what the sandbox sees). The lock is on the
-directory itself: the kernel drops it when the owner ends, however that is, and
-whoever opens a sandbox next removes what is unlocked. Any thread may use any
-function here.
+A process that has sandboxes has one `ScratchSpace`, and in it a directory for
+each: ``upper`` and ``work`` (overlayfs's) and ``merged`` (what the sandbox
+sees). The lock is on the space's directory: the kernel drops it when the owner
+ends, however that is, and whoever makes a space next removes what is unlocked.
+Any thread may use any function here.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import secrets
-from contextlib import suppress
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-from casfs.errors import SandboxError
+from casfs.errors import MissingCapability, SandboxError
 from store.sessions import make_locked_directory
 
-_PREFIX = "sandbox-"
+_PREFIX = "sandboxes-"
+_END_MILLISECONDS = 10_000
 
 
 class Scratch:
-    """A new scratch directory below `base`, which is made if need be; ours until `close`."""
+    """The directory of one sandbox, by the names in it."""
 
-    def __init__(self, base: Path) -> None:
-        """Raises SandboxError where nothing can be made."""
+    def __init__(self, base: Path, directory: Path) -> None:
+        """Makes `directory`, somewhere in `base`. Raises SandboxError."""
+        self.base = base
+        self.directory = directory
+        self.upper, self.work, self.merged = (directory / name for name in ("upper", "work", "merged"))
+        self.lower = directory / "lower"
+        """Where the input root is mounted by engines that need a place for it; made by them."""
         try:
-            base.mkdir(parents=True, exist_ok=True)
-            self.directory, self._lock = make_locked_directory(base, _new_name)
+            for path in (directory, self.upper, self.work, self.merged):
+                os.mkdir(path, 0o755)
         except OSError as error:
-            raise SandboxError(f"can't make a scratch directory in {base}: {error.strerror}") from error
-        self.lower, self.upper, self.work, self.merged = (
-            self.directory / name for name in ("lower", "upper", "work", "merged")
-        )
-        try:
-            for path in (self.lower, self.upper, self.work, self.merged):
-                path.mkdir(mode=0o755)
-        except OSError as error:
-            self.close()
-            raise SandboxError(f"can't make a scratch directory in {base}: {error.strerror}") from error
+            remove_tree(directory)
+            raise _failed(base, error) from error
+
+    def renew_work(self) -> None:
+        """Make ``work`` empty again: overlayfs refuses one that a volatile mount has used, or tried to."""
+        remove_tree(self.work)
+        os.mkdir(self.work, 0o755)
 
     def is_full(self) -> bool:
         """Whether its disk has no room left, in bytes or in files; one page is room for nothing."""
@@ -48,18 +54,41 @@ class Scratch:
 
     def close(self) -> None:
         """Remove everything; nothing may be mounted in it any more. Harmless when repeated."""
+        remove_tree(self.directory)
+
+
+class ScratchSpace:
+    """A directory of this process below `base`, which is made if need be; ours until `close`."""
+
+    def __init__(self, base: Path) -> None:
+        """Clears what dead owners left there. Raises SandboxError where nothing can be made."""
+        self.base = base
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(base)
+            self.directory, self._lock = make_locked_directory(base, lambda: f"{_PREFIX}{os.urandom(8).hex()}")
+        except OSError as error:
+            raise _failed(base, error) from error
+        self._numbers = count()
+
+    def new(self) -> Scratch:
+        """A directory for one more sandbox. Raises SandboxError."""
+        return Scratch(self.base, self.directory / str(next(self._numbers)))
+
+    def close(self) -> None:
+        """Remove everything; harmless when repeated."""
         if self._lock >= 0:
             remove_tree(self.directory)
             os.close(self._lock)
             self._lock = -1
 
 
-def _new_name() -> str:
-    return f"{_PREFIX}{secrets.token_hex(8)}"
+def _failed(base: Path, error: OSError) -> SandboxError:
+    return SandboxError(f"can't make a scratch directory in {base}: {error.strerror}")
 
 
 def clear_leftovers(base: Path) -> int:
-    """Remove what dead owners left in `base`; returns how many directories that were."""
+    """Remove what dead owners left in `base`, and end what still runs there; returns how many directories that were."""
     cleared = 0
     for directory in base.glob(f"{_PREFIX}*"):
         try:
@@ -68,6 +97,7 @@ def clear_leftovers(base: Path) -> int:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end_commands(directory)
             remove_tree(directory)
             cleared += 1
         except BlockingIOError:
@@ -75,6 +105,32 @@ def clear_leftovers(base: Path) -> int:
         finally:
             os.close(lock)
     return cleared
+
+
+def _end_commands(directory: Path) -> None:
+    """End commands in sandboxes of a dead owner.
+
+    bubblewrap ends with its parent, and the command with it; but one whose
+    parent dies while it makes its namespaces doesn't notice, and goes on.
+    """
+    below = os.fsencode(directory) + b"/"
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            if os.path.basename(os.readlink(f"/proc/{name}/exe")) != "bwrap":
+                continue
+            process = os.pidfd_open(int(name))
+        except OSError:
+            continue
+        # Looked at once more, now that the number can't be another's any more.
+        with open(process, "rb", buffering=0), suppress(OSError):
+            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+            if any(word.startswith(below) for word in words):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+                poll = select.poll()
+                poll.register(process, select.POLLIN)
+                poll.poll(_END_MILLISECONDS)
 
 
 def remove_tree(top: Path) -> None:
@@ -96,3 +152,23 @@ def remove_tree(top: Path) -> None:
     for path in reversed(directories):
         with suppress(OSError):
             os.rmdir(path)
+
+
+@contextmanager
+def opened(*paths: Path) -> Iterator[list[int]]:
+    """Descriptors of directories."""
+    with ExitStack() as stack:
+        descriptors = []
+        for path in paths:
+            descriptors.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            stack.callback(os.close, descriptors[-1])
+        yield descriptors
+
+
+def unusable(scratch: Scratch, error: OSError) -> MissingCapability:
+    """Why overlayfs doesn't take a scratch directory."""
+    return MissingCapability(
+        f"overlayfs can't use {scratch.directory} as scratch ({error.strerror or os.strerror(error.errno or 0)}): it "
+        "must be on a file system with user xattrs that is no overlay itself (ext4, XFS, btrfs, tmpfs of Linux 6.6), "
+        "and without root Linux 5.11 is needed; --scratch names another place"
+    )

@@ -29,18 +29,22 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from casfs import wire
 from casfs.backing import BackingRegistry
-from casfs.contents import explain
+from casfs.contents import Contents, explain
 from casfs.errors import BadRequest, CasfsError, MissingCapability, errno_of
 from casfs.polling import DeviceReader
+from casfs.steered_tree import SteeredTree
 from casfs.syscalls import BackingId, read_cached
-from casfs.tree import Node, NodeId, NoSuchNode, NotADirectory, Tree, content_key
+from casfs.tree import Node, NodeId, NoSuchNode, NotADirectory, NotYet, Tree, content_key
 from casfs.wire import InitFlag, Opcode, OpenFlag
 from store.entries import FileEntry, ReferenceEntry, SymlinkEntry
 from store.errors import StoreError
+
+if TYPE_CHECKING:
+    from casfs.tracing import Tracer
 
 log = logging.getLogger("casfs")
 
@@ -100,12 +104,13 @@ class Session:
         self._fetch = fetch
         self._device = device
         self._tree = tree
+        self._steered: SteeredTree | None = None
         self._contents = contents
         self._passthrough = passthrough
         self._reader = DeviceReader(device, _BUFFER, poll=poll)
         self._registry = BackingRegistry(device)
         self._pool = ThreadPoolExecutor(_POOL_THREADS, "open")
-        self._waiting: dict[int, Node] = {}
+        self._waiting: dict[int, str] = {}
         self._room = memoryview(bytearray(_MAX_PAGES * mmap.PAGESIZE))
         self._counts = [0] * wire.OPCODES
         self._counting = threading.Lock()
@@ -186,6 +191,10 @@ class Session:
                 return wire.encode_error(unique, errno.ENOSYS)
             self._counts[opcode] += 1
             return self._handlers[opcode](unique, node, body)
+        except NotYet as later:
+            self._waiting[unique] = str(later)
+            later.future.add_done_callback(lambda done: self._look_again(unique, done))
+            return None
         except NoSuchNode:
             number = errno.ESTALE
         except NotADirectory:
@@ -220,6 +229,19 @@ class Session:
             raise
         return True
 
+    def use_tree(self, tree: SteeredTree) -> None:
+        """See `casfs.steering.Steerable`."""
+        self._steered = tree
+        self._tree = tree
+
+    def invalidate_entry(self, parent: NodeId, name: bytes) -> bool:
+        """See `casfs.steering.Steerable`."""
+        return self.notify(wire.notify_inval_entry(parent, name))
+
+    def invalidate_inode(self, node_id: NodeId) -> None:
+        """See `casfs.steering.Steerable`."""
+        self.notify(wire.notify_inval_inode(node_id))
+
     def statistics(self) -> dict[str, Any]:
         """Upcalls by opcode (READ always among them), and what they led to; counts, and bytes where it says so."""
         counts = {op.name: self._counts[op] for op in Opcode if self._counts[op] or op is Opcode.READ}
@@ -240,7 +262,8 @@ class Session:
             handlers[opcode] = self._refuse(errno.EROFS)
         handlers[Opcode.IOCTL] = self._refuse(errno.ENOTTY)
         handlers[Opcode.LOOKUP] = self._lookup
-        handlers[Opcode.FORGET] = handlers[Opcode.BATCH_FORGET] = self._forget
+        handlers[Opcode.FORGET] = self._forget
+        handlers[Opcode.BATCH_FORGET] = self._forget_many
         handlers[Opcode.GETATTR] = self._getattr
         handlers[Opcode.READLINK] = self._readlink
         handlers[Opcode.OPEN] = self._open
@@ -258,7 +281,14 @@ class Session:
         return lambda unique, node, body: wire.encode_error(unique, number)
 
     def _forget(self, unique: int, node: int, body: bytes) -> None:
-        """Node ids mean something without being remembered: there is nothing to forget."""
+        """Node ids mean something without being remembered: there is nothing to forget, but of what was taken away."""
+        if self._steered is not None:
+            self._steered.forget(NodeId(node))
+
+    def _forget_many(self, unique: int, node: int, body: bytes) -> None:
+        if self._steered is not None:
+            for forgotten in wire.decode_forgotten(body):
+                self._steered.forget(NodeId(forgotten))
 
     def _lookup(self, unique: int, node: int, body: bytes) -> bytes:
         found = self._tree.lookup(NodeId(node), wire.decode_name(body))
@@ -295,7 +325,7 @@ class Session:
         descriptor = self._contents.open_now(entry)
         if descriptor is not None:
             return self._opened(unique, entry, descriptor)
-        self._waiting[unique] = found
+        self._waiting[unique] = "open"
         self._pool.submit(self._open_slowly, unique, found, entry)
         return None
 
@@ -340,6 +370,21 @@ class Session:
         else:
             self._abandon(reply)
 
+    def _look_again(self, unique: int, done: Future[None]) -> None:
+        """What a lookup waited for is there, or won't come."""
+        what = self._waiting.pop(unique, None)
+        if what is None:
+            return  # interrupted
+        error = done.exception()
+        if error is None:
+            number = errno.ESTALE
+        else:
+            with self._counting:
+                self._failed_opens += 1
+            log.error("%s: %s", what, error)
+            number = errno_of(error) if isinstance(error, Exception) else errno.EIO
+        self._send(wire.encode_error(unique, number))
+
     def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the session has ended meanwhile
             self._pool.submit(work, *arguments)
@@ -351,7 +396,7 @@ class Session:
             self._close_handle(handle)
 
     def _interrupt(self, unique: int, node: int, body: bytes) -> None:
-        """Whoever waits for a slow open shall not wait on. Other requests are answered at once anyway."""
+        """Whoever waits for a slow open or lookup shall not wait on. Other requests are answered at once anyway."""
         target = wire.decode_interrupt(body)
         if self._waiting.pop(target, None) is not None:
             self._send(wire.encode_error(target, errno.EINTR))
@@ -439,3 +484,12 @@ _MODIFYING = (
 
 def _passed_through(unique: int, backing_id: BackingId) -> bytes:
     return wire.encode_open(unique, backing_id, _PASSED_THROUGH, backing_id)
+
+
+def make_session(device: int, tree: Tree, contents: Contents, passthrough: bool, tracer: Tracer | None) -> Session:
+    """A session that fetches what is missing; with a `tracer`, one that tells it of each upcall."""
+    if tracer is None:
+        return Session(device, tree, contents, passthrough=passthrough, fetch=contents.fetch)
+    from casfs.session_traced import TracedSession
+
+    return TracedSession(device, tree, contents, passthrough=passthrough, fetch=contents.fetch, tracer=tracer)

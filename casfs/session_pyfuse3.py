@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,9 +25,12 @@ import trio
 from casfs.contents import Contents, explain
 from casfs.errors import MountError, errno_of
 from casfs.fusemount import SOURCE
+from casfs.steered_tree import SteeredTree
 from casfs.syscalls import read_cached
+from casfs.trace_format import Kind
+from casfs.tracing import Tracer
 from casfs.tree import Node, NodeId, NoSuchNode, NotADirectory, Tree
-from casfs.wire import FOREVER
+from casfs.wire import FOREVER, OPEN_EXEC
 from store.entries import FileEntry, ReferenceEntry, SymlinkEntry
 from store.errors import StoreError
 
@@ -38,9 +42,10 @@ class Pyfuse3Session:
 
     engine = "fuse"
 
-    def __init__(self, mountpoint: Path, tree: Tree, contents: Contents) -> None:
+    def __init__(self, mountpoint: Path, tree: Tree, contents: Contents, tracer: Tracer | None = None) -> None:
+        """`tracer` is told of each upcall, and stays the caller's to close."""
         self._mountpoint = mountpoint
-        self._operations = _Operations(tree, contents)
+        self._operations = _Operations(tree, contents) if tracer is None else _Traced(tree, contents, tracer)
 
     def begin(self) -> None:
         """Mount. Raises MountError."""
@@ -59,6 +64,25 @@ class Pyfuse3Session:
         finally:
             pyfuse3.close(unmount=False)
 
+    def use_tree(self, tree: SteeredTree) -> None:
+        """See `casfs.steering.Steerable`."""
+        self._operations.use_tree(tree)
+
+    def invalidate_entry(self, parent: NodeId, name: bytes) -> bool:
+        """See `casfs.steering.Steerable`."""
+        try:
+            pyfuse3.invalidate_entry(pyfuse3.InodeT(parent), pyfuse3.FileNameT(name))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENOTEMPTY):
+                return False
+            raise
+        return True
+
+    def invalidate_inode(self, node_id: NodeId) -> None:
+        """See `casfs.steering.Steerable`."""
+        with suppress(FileNotFoundError):
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(node_id))
+
     def statistics(self) -> dict[str, Any]:
         """Upcalls by opcode (READ always among them), and what they led to; counts, and bytes where it says so."""
         operations = self._operations
@@ -75,15 +99,21 @@ class _Operations(pyfuse3.Operations):
 
     supports_dot_lookup = False
     enable_writeback_cache = False
+    entry_timeout = FOREVER
+    """Seconds for which the kernel keeps a name without asking again."""
 
     def __init__(self, tree: Tree, contents: Contents) -> None:
         super().__init__()
         self._tree = tree
+        self._steered: SteeredTree | None = None
         self._contents = contents
         self._uid, self._gid = os.getuid(), os.getgid()
         self.counts: Counter[str] = Counter()
         self.served_bytes = 0
         self.failed_opens = 0
+
+    def use_tree(self, tree: SteeredTree) -> None:
+        self._tree = self._steered = tree
 
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
         attributes = pyfuse3.EntryAttributes()
@@ -94,7 +124,7 @@ class _Operations(pyfuse3.Operations):
         attributes.st_size = node.size
         attributes.st_blksize, attributes.st_blocks = 4096, (node.size + 511) >> 9
         attributes.st_atime_ns = attributes.st_mtime_ns = attributes.st_ctime_ns = node.mtime_ns
-        attributes.entry_timeout = attributes.attr_timeout = FOREVER
+        attributes.entry_timeout, attributes.attr_timeout = self.entry_timeout, FOREVER
         return attributes
 
     def _get(self, inode: pyfuse3.InodeT) -> Node:
@@ -116,7 +146,7 @@ class _Operations(pyfuse3.Operations):
         # Inode 0 with a lifetime: the kernel remembers that there is no such name.
         nothing = pyfuse3.EntryAttributes()
         nothing.st_ino = pyfuse3.InodeT(0)
-        nothing.entry_timeout = FOREVER
+        nothing.entry_timeout = self.entry_timeout
         return nothing
 
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -216,3 +246,53 @@ class _Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         self.counts["FORGET"] += 1
+        if self._steered is not None:
+            for inode, _ in inode_list:
+                self._steered.forget(NodeId(inode))
+
+
+class _Traced(_Operations):
+    """The same, with each use written down; `casfs.session_traced` says which names are kept."""
+
+    entry_timeout = 0
+
+    def __init__(self, tree: Tree, contents: Contents, tracer: Tracer) -> None:
+        super().__init__(tree, contents)
+        self._tracer = tracer
+        # By directory: who opened it last, as `readdir` isn't told. Bounded by the tree's directories.
+        self._listing: dict[int, int] = {}
+
+    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
+        attributes = super()._attributes(node)
+        if stat.S_ISDIR(node.mode):
+            attributes.entry_timeout = FOREVER
+        return attributes
+
+    def _note(self, kind: Kind, ctx: pyfuse3.RequestContext, inode: int) -> None:
+        self._tracer.note(kind, ctx.pid, self._tree, NodeId(inode))
+
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        found = await super().lookup(parent_inode, name, ctx)
+        if found.st_ino:
+            self._note(Kind.LOOK, ctx, found.st_ino)
+        else:
+            self._tracer.note_miss(ctx.pid, self._tree, NodeId(parent_inode), name)
+        return found
+
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        self._note(Kind.LINK, ctx, inode)
+        return await super().readlink(inode, ctx)
+
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        self._listing[inode] = ctx.pid
+        return await super().opendir(inode, ctx)
+
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        self._tracer.note(Kind.LIST, self._listing.get(fh, 0), self._tree, NodeId(fh))
+        await super().readdir(fh, start_id, token)
+
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        self._note(Kind.EXEC if flags & OPEN_EXEC else Kind.OPEN, ctx, inode)
+        return await super().open(inode, flags, ctx)

@@ -15,13 +15,14 @@ from typing import NewType
 
 BackingId = NewType("BackingId", int)
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE, MS_SLAVE = 1, 2, 4, 16384, 1 << 18, 1 << 19
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_MOVE, MS_REC = 1, 2, 4, 4096, 8192, 16384
+MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 
 _SYS_OPEN_TREE, _SYS_OPENAT2, _SYS_MOUNT_SETATTR = 428, 437, 442
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
-_AT_EMPTY_PATH = 0x1000
+_AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _RESOLVE_CACHED = 0x20
 
@@ -30,6 +31,8 @@ _IOC_BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
 _BACKING_MAP = struct.Struct("<iIQ")
 
 _CAP_SYS_ADMIN = 21
+_CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -55,6 +58,12 @@ def has_admin_capability() -> bool:
     return bool(int(effective.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
 
 
+def is_initial_namespace() -> bool:
+    """Whether this process's user namespace is the one of the machine, where file systems on images can be mounted."""
+    with open("/proc/self/uid_map", "rb") as mapped:
+        return mapped.read().split() == [b"0", b"0", b"4294967295"]
+
+
 def mount(source: str, target: str | bytes, kind: str, flags: int, options: str) -> None:
     """mount(2)."""
     if _libc.mount(source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()):
@@ -73,23 +82,57 @@ def unshare(flags: int) -> None:
         raise _fail("unshare")
 
 
-def clone_read_only(path: str | bytes) -> int:
+def enter_user_namespace(namespace: int) -> None:
+    """setns(2) into the user namespace of that descriptor; `os.setns` comes with Python 3.12."""
+    if _libc.setns(namespace, CLONE_NEWUSER):
+        raise _fail("setns")
+
+
+def keep_capabilities() -> None:
+    """Let the programs that this process becomes have its capabilities, in its user namespace: they become ambient."""
+    data = (ctypes.c_uint32 * 6)()
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    if _libc.capget(header, data):
+        raise _fail("capget")
+    data[2], data[5] = data[1], data[4]  # inheritable: what is permitted
+    if _libc.capset(header, data):
+        raise _fail("capset")
+    for number in range(64):
+        if (data[1] | data[4] << 32) >> number & 1 and _libc.prctl(
+            _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0
+        ):
+            raise _fail("prctl")
+
+
+def clone_mount(place: int | str | bytes | os.PathLike[str], *, read_only: bool, recursive: bool = True) -> int:
+    """A descriptor of a copy of what is mounted at a path, or where a descriptor is, attached nowhere.
+
+    The half of a bind mount; `recursive`: with all that is mounted below. Needs CAP_SYS_ADMIN.
+    """
+    directory, path, at = (place, b"", _AT_EMPTY_PATH) if isinstance(place, int) else (-100, os.fsencode(place), 0)
+    below = _AT_RECURSIVE if recursive else 0
+    flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | at | below
+    copy = syscall(f"open_tree {os.fsdecode(path)}", _SYS_OPEN_TREE, directory, ctypes.c_char_p(path), flags)
+    attributes = struct.pack(
+        "<QQQQ", _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | (_MOUNT_ATTR_RDONLY if read_only else 0), 0, 0, 0
+    )
+    flags = _AT_EMPTY_PATH | below
+    try:
+        syscall(f"mount_setattr {os.fsdecode(path)}", _SYS_MOUNT_SETATTR, copy, b"", flags, attributes, len(attributes))
+    except OSError:
+        os.close(copy)
+        raise
+    return copy
+
+
+def clone_read_only(path: str | bytes | os.PathLike[str], *, recursive: bool = False) -> int:
     """A descriptor of a read-only copy of the mount that `path` is on, beginning there and attached nowhere.
 
+    `recursive`: with all that is mounted below.
     What is opened below it can't be opened for writing, by nobody: the mount
     says no, whatever the permissions. Needs CAP_SYS_ADMIN.
     """
-    descriptor = _libc.syscall(
-        _SYS_OPEN_TREE, -100, ctypes.c_char_p(os.fsencode(path)), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC
-    )
-    if descriptor < 0:
-        raise _fail(f"open_tree {os.fsdecode(path)}")
-    attributes = struct.pack("<QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)
-    if _libc.syscall(_SYS_MOUNT_SETATTR, descriptor, b"", _AT_EMPTY_PATH, attributes, len(attributes)):
-        error = _fail(f"mount_setattr {os.fsdecode(path)}")
-        os.close(descriptor)
-        raise error
-    return int(descriptor)
+    return clone_mount(path, read_only=True, recursive=recursive)
 
 
 def open_cached(path: str | bytes, flags: int, directory: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from typing import NamedTuple, NewType, Protocol
 
 from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, SymlinkEntry
@@ -72,17 +73,28 @@ class NotADirectory(Exception):
     """A lookup or listing in something that is no directory."""
 
 
+class NotYet(Exception):
+    """A lookup that can't be answered now. When `future` has ended well, the kernel shall look again: ESTALE."""
+
+    def __init__(self, future: Future[None], what: str) -> None:
+        super().__init__(what)
+        self.future = future
+
+
 class ProjectedTree:
     """An interned tree, served from the index. Implements `Tree`."""
 
-    def __init__(self, index: Index, root: Directory) -> None:
+    def __init__(self, index: Index, root: Directory, first: NodeId = ROOT) -> None:
+        """`first` is the root's id; the other nodes have the next."""
         self._index = index
+        self.digest = root.digest
+        """The root's."""
         self._root = Node(
-            ROOT, stat.S_IFDIR | 0o555, 0, FIXED_MTIME_NS, 2 + root.subdirectories, None, root.id, root.nodes
+            first, stat.S_IFDIR | 0o555, 0, FIXED_MTIME_NS, 2 + root.subdirectories, None, root.id, root.nodes
         )
         self._totals = (root.nodes, root.bytes)
         self._nodes: dict[NodeId, Node] = {}
-        self._directories: dict[NodeId, Node] = {ROOT: self._root}
+        self._directories: dict[NodeId, Node] = {first: self._root}
 
     def totals(self) -> tuple[int, int]:
         """How many nodes the tree has, and the bytes of all its files."""
@@ -128,13 +140,13 @@ class ProjectedTree:
         """The id of the directory a node is in; the root's is its own. Raises NoSuchNode."""
         with self._index.view() as view:
             ids = [node.id for node in self._descend(view, node_id)]
-        return ids[-2] if len(ids) > 1 else ROOT
+        return ids[-2] if len(ids) > 1 else self._root.id
 
     def _descend(self, view: View, node_id: NodeId) -> Iterator[Node]:
         """The nodes from the root down to the one with that id."""
-        if not ROOT <= node_id < ROOT + self._root.nodes:
-            raise NoSuchNode(f"node {node_id}")
         node = self._root
+        if not node.id <= node_id < node.id + node.nodes:
+            raise NoSuchNode(f"node {node_id}")
         yield node
         while node.id != node_id:
             row = entry_at(view, node.directory, node_id - node.id - 1)
@@ -154,7 +166,7 @@ class ProjectedTree:
         if len(cache) >= limit:
             # Forgetting all is cheaper than an order of use, and what is needed comes back in a few probes.
             cache.clear()
-            self._directories[ROOT] = self._root
+            self._directories[self._root.id] = self._root
         cache[node.id] = node
         return node
 

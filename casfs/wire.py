@@ -14,7 +14,7 @@ message: a session runs them for each upcall.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
@@ -143,12 +143,16 @@ _READ_IN = struct.Struct("<QQIIQII")
 _OPEN_IN = struct.Struct("<II")
 _RELEASE_IN = struct.Struct("<QIIQ")
 _INTERRUPT_IN = struct.Struct("<Q")
+_BATCH_FORGET = struct.Struct("<II")
+_FORGET_ONE = struct.Struct("<QQ")
 _NOTIFY_INODE = struct.Struct("<Qqq")
 _NOTIFY_ENTRY = struct.Struct("<QII")
 _NOTIFY_DELETE = struct.Struct("<QQII")
 _NOTIFY_PRUNE = struct.Struct("<II8x")
 
 IN_HEADER_BYTES = _IN_HEADER.size
+OPEN_EXEC = 0x20
+"""Among the flags of an OPEN: to execute the file. The kernel's own (FMODE_EXEC in ``linux/fs.h``)."""
 _new_tuple = tuple.__new__
 """Makes a named tuple without the call of its own constructor in between: half the time, once an upcall."""
 RESENT = 1 << 63
@@ -174,6 +178,11 @@ def decode_request(message: bytes) -> Request:
     if length != len(message) or end < IN_HEADER_BYTES:
         raise BadRequest(f"a request of {len(message)} bytes says it has {length}")
     return _new_tuple(Request, (opcode, unique, node, pid, message[IN_HEADER_BYTES:end]))
+
+
+def thread_of(message: bytes) -> int:
+    """The id of the thread that a request is for: what its header calls a pid. 0 for what is too short for one."""
+    return _IN_HEADER.unpack_from(message)[4] if len(message) >= IN_HEADER_BYTES else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +215,10 @@ class InitReply:
     max_write: int
     max_pages: int
     max_stack_depth: int
+
+    def without(self, flags: InitFlag) -> InitReply:
+        """The same, but for these capabilities."""
+        return replace(self, flags=self.flags & ~flags)
 
 
 def encode_init(reply: InitReply) -> bytes:
@@ -254,6 +267,16 @@ def encode_entry(unique: int, node: int, mode: int, size: int, mtime_ns: int, nl
         node, size, (size + 511) >> 9, seconds & _U64, seconds & _U64, seconds & _U64,
         nanos, nanos, nanos, mode, nlink, uid, gid, 0, 4096, 0,
     )  # fmt: skip
+
+
+def decode_entry(reply: bytes) -> int:
+    """The node that an answer to LOOKUP names; 0 where there is none, or the answer is an error."""
+    return int.from_bytes(reply[16:24], "little")
+
+
+def forget_entry(reply: bytes) -> bytes:
+    """The same answer to LOOKUP, but that the kernel has to ask for the name again. Attributes stay valid."""
+    return reply if len(reply) == 16 else reply[:32] + bytes(8) + reply[40:]
 
 
 def encode_no_entry(unique: int) -> bytes:
@@ -320,6 +343,15 @@ def decode_interrupt(body: bytes) -> int:
     _need(body, _INTERRUPT_IN, "INTERRUPT")
     unique: int = _INTERRUPT_IN.unpack_from(body)[0]
     return unique
+
+
+def decode_forgotten(body: bytes) -> list[int]:
+    """The node ids of a BATCH_FORGET."""
+    _need(body, _BATCH_FORGET, "BATCH_FORGET")
+    count, _ = _BATCH_FORGET.unpack_from(body)
+    if len(body) < _BATCH_FORGET.size + count * _FORGET_ONE.size:
+        raise BadRequest(f"BATCH_FORGET: {len(body)} bytes for {count} nodes")
+    return [node for node, _ in _FORGET_ONE.iter_unpack(body[_BATCH_FORGET.size :][: count * _FORGET_ONE.size])]
 
 
 def decode_name(body: bytes) -> bytes:

@@ -4,7 +4,7 @@
 # 1. Debian packages from config/debian-packages.txt that are missing: root
 #    installs them, anyone else is told the command. Without apt it only checks
 #    for the tools and headers.
-# 2. .venv with casfs (editable) and its extras fuse, test and dev, at the
+# 2. .venv with casfs (editable) and its extras fuse, serve, test and dev, at the
 #    versions of config/constraints.txt.
 #
 # A stamp in .venv says what it was made from; while that is unchanged, setup
@@ -110,7 +110,7 @@ make_venv() {
         "pyfuse3 could not be built or fetched; pip says why above. It needs gcc, pkg-config," \
         "the headers of libfuse 3 (Debian: libfuse3-dev) and those of $python (Debian: python3-dev)"
     say "installing casfs and what it needs"
-    "${pip[@]}" -e '.[fuse,test,dev]' || fail "pip could not install casfs; it says why above"
+    "${pip[@]}" -e '.[fuse,serve,test,dev]' || fail "pip could not install casfs; it says why above"
 }
 
 python=$("$PYTHON" -c 'import sys; print("Python %d.%d.%d" % sys.version_info[:3], sys.executable)') ||

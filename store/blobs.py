@@ -81,6 +81,64 @@ def is_known(view: View, digest: Digest) -> bool:
     return value is not None and unpack_row(value).size == digest.size
 
 
+def find_size(view: View, function: DigestFunction, hash_: bytes) -> int | None:
+    """The size of the blob that the index vouches for under that hash, or None."""
+    value = view.get(Table.BLOBS, Digest(function, hash_, 0).key)
+    return None if value is None else unpack_row(value).size
+
+
+def put_rows(change: Change, rows: Iterable[tuple[bytes, BlobRow]]) -> None:
+    """Give blobs (by digest key) their rows, and keep the sum of their sizes right."""
+    added = 0
+    for key, row in rows:
+        before = change.get(Table.BLOBS, key)
+        added += row.size - (0 if before is None else unpack_row(before).size)
+        change.put(Table.BLOBS, key, pack_row(row))
+    _add_to_total(change, added)
+
+
+def delete_rows(change: Change, keys: Iterable[bytes]) -> list[bytes]:
+    """Take the rows of blobs away; returns the keys that had one."""
+    gone, size = [], 0
+    for key in keys:
+        value = change.get(Table.BLOBS, key)
+        if value is not None:
+            size += unpack_row(value).size
+            change.delete(Table.BLOBS, key)
+            gone.append(key)
+    if gone:
+        _add_to_total(change, -size)
+        count_removal(change)
+    return gone
+
+
+_TOTAL = b"bytes of blobs"
+
+
+def _add_to_total(change: Change, size: int) -> None:
+    before = change.get(Table.META, _TOTAL)
+    if before is not None:
+        change.put(Table.META, _TOTAL, str(int(before) + size).encode())
+
+
+def total_bytes(index: Index) -> int:
+    """The sizes of all blobs with a row, summed up. Counts them only the first time in the life of a store."""
+    with index.view() as view:
+        value = view.get(Table.META, _TOTAL)
+    return int(value) if value is not None else index.update(_count_total)
+
+
+def _count_total(change: Change) -> int:
+    total = sum(unpack_row(value).size for _, value in change.scan(Table.BLOBS))
+    change.put(Table.META, _TOTAL, str(total).encode())
+    return total
+
+
+def forget_total(change: Change) -> None:
+    """Have it counted again: the rows were changed without it."""
+    change.delete(Table.META, _TOTAL)
+
+
 def touch(change: Change, keys: Iterable[bytes], now: int) -> list[bytes]:
     """Note that blobs are in use now; returns the keys of those that have no row."""
     absent = []
@@ -100,6 +158,7 @@ class Blobs:
         self._layout = layout
         self._index = index
         self._directory = os.open(layout.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._functions: dict[DigestFunction, int] = {}
         self._lock_path = layout.index / "publish.lock"
 
     @property
@@ -107,8 +166,25 @@ class Blobs:
         """A descriptor of ``STORE/blobs``, to open `blob_path` names against."""
         return self._directory
 
+    def directory_of(self, function: DigestFunction) -> int:
+        """A descriptor of the directory of a function's shards, which is made if need be.
+
+        What `blob_path_in_function` is relative to. Raises OSError.
+        """
+        known = self._functions.get(function)
+        if known is None:
+            path = self._layout.blobs / cas_directories()[function]
+            path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            known = self._functions.setdefault(function, descriptor)
+            if known != descriptor:  # another thread was first
+                os.close(descriptor)
+        return known
+
     def close(self) -> None:
-        """Close the descriptor of the directory; harmless when repeated."""
+        """Close the descriptors; harmless when repeated."""
+        while self._functions:
+            os.close(self._functions.popitem()[1])
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
@@ -187,15 +263,15 @@ class Blobs:
         with self._index.view() as view:
             return find_row(view, digest) is not None
 
-    def open(self, digest: Digest, directory: int | None = None) -> int:
+    def open(self, digest: Digest, directory: int | None = None, *, verified: bool = False) -> int:
         """A descriptor to read the blob from.
 
         `directory` stands in for ``STORE/blobs`` (the same directory seen
         through another mount). A blob without a row is hashed first, which
-        takes as long as reading it. Raises MissingBlob or CorruptBlob.
+        takes as long as reading it; `verified` says that it was just seen to
+        have one. Raises MissingBlob or CorruptBlob.
         """
-        verified = self.is_verified(digest)
-        if not verified:
+        if not verified and not self.is_verified(digest):
             if digest.is_empty_blob:
                 self.has_file(digest)
             # Before the file is opened: what is opened then is what was hashed, or a later publication.
@@ -255,7 +331,7 @@ class Blobs:
 
         def work(change: Change) -> None:
             if change.get(Table.BLOBS, digest.key) is None and self.is_same_file(digest, status):
-                change.put(Table.BLOBS, digest.key, pack_row(row))
+                put_rows(change, [(digest.key, row)])
 
         with self.publishing():
             self._index.update(work)
@@ -300,11 +376,7 @@ class Blobs:
                 self._forget(digest)
 
     def _forget(self, digest: Digest) -> None:
-        def work(change: Change) -> None:
-            if change.delete(Table.BLOBS, digest.key):
-                count_removal(change)
-
-        self._index.update(work)
+        self._index.update(lambda change: delete_rows(change, [digest.key]))
 
     def note_used(self, keys: Iterable[bytes]) -> None:
         """Note that blobs are in use now, so that collections and the cold tier spare them a while longer.
@@ -316,7 +388,7 @@ class Blobs:
             found = [(key, view.get(Table.BLOBS, key)) for key in keys]
         stale = [key for key, value in found if value and unpack_row(value).used < now - _USE_SECONDS]
         if stale:
-            self._index.update(lambda change: touch(change, stale, now))
+            self._index.update(lambda change: touch(change, stale, now), lasting=False)
 
     def missing(self, digests: Iterable[Digest]) -> list[Digest]:
         """Those of the digests that are not here. What has no row but a file is hashed now."""
@@ -324,6 +396,28 @@ class Blobs:
         with self._index.view() as view:
             unknown = [d for d in digests if not is_known(view, d)]
         return [d for d in unknown if not self.has(d)]
+
+    def prepare(self, digests: Iterable[Digest]) -> list[Digest]:
+        """See that blobs can be used by who won't ask again; returns those that are not here.
+
+        What has no row but a file is hashed, and all count as used now (to the hour).
+        """
+        stale_before = int(time.time()) - _USE_SECONDS
+        unknown, stale = [], []
+        with self._index.view() as view:
+            get, unpack = view.get, _ROW.unpack
+            for digest in digests:
+                key = digest.key
+                value = get(Table.BLOBS, key)
+                size, used, _ = unpack(value) if value else (-1, 0, 0)
+                if size != digest.size:
+                    unknown.append(digest)
+                elif used < stale_before:
+                    stale.append(key)
+        if stale:
+            now = int(time.time())
+            self._index.update(lambda change: touch(change, stale, now), lasting=False)
+        return [digest for digest in unknown if not self.has(digest)]
 
     def files(self) -> Iterator[tuple[DigestFunction, bytes, os.DirEntry[str]]]:
         """Every blob file on disk: function, hash and directory entry, shard by shard.

@@ -29,15 +29,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from store import kernel
-from store.blobs import MODE, MODE_EXECUTABLE, BlobRow, Blobs, count_removal, unpack_row
+from store.blobs import MODE, MODE_EXECUTABLE, BlobRow, Blobs, delete_rows, unpack_row
 from store.cold import ColdTier
 from store.digest import Digest
 from store.gc import Marked
 from store.hashing import CHUNK, hasher_for
 from store.index import Change, Index, Table
 from store.layout import Layout, blob_path
-from store.leases import Leases, lease_roots
-from store.sessions import Session, living_sessions, translated
+from store.leases import Leases
+from store.sessions import Session, spared_since, translated
 
 DEFAULT_LEVEL = 3
 _BATCH_BLOBS = 256
@@ -96,8 +96,8 @@ class Demoter:
         """
         superfluous = 0 if dry_run else self._cold.remove_superfluous([file.digest for file in self._cold.files()])
         # One more than the age says, as use is remembered in whole seconds: an age of 0 means everything.
-        began = [nanoseconds // 1_000_000_000 for nanoseconds in living_sessions(self._layout, clean=True)]
-        cutoff = min([int(time.time()) - age + 1, *began])
+        now = int(time.time())
+        cutoff = min(now - age + 1, spared_since(self._layout, now))
         candidates = self._find(cutoff)
         if dry_run:
             return Demoted(len(candidates), sum(candidate.row.size for candidate in candidates))
@@ -113,7 +113,7 @@ class Demoter:
     def _find(self, cutoff: int) -> list[_Candidate]:
         """What may move as far as can be said now, least recently used first."""
         self._leases.living()  # clears away those of the dead
-        marked = Marked(lease_roots)
+        marked = Marked(lambda view: self._leases.roots())
         with self._index.view() as view:
             marked.add_roots(view)
             found = []
@@ -191,7 +191,7 @@ class Demoter:
         """Put cold files in the place of hot ones. The publication lock is held."""
         present = [item for item in compressed if self._blobs.is_same_file(item.candidate.digest, item.examined)]
         self._cold.publish([(item.candidate.digest, item.path) for item in present])
-        marked = Marked(lease_roots)
+        marked = Marked(lambda view: self._leases.roots())
 
         def work(change: Change) -> list[_Compressed]:
             # What was mounted or used since the first look counts too.
@@ -201,10 +201,8 @@ class Demoter:
                 value = change.get(Table.BLOBS, item.candidate.key)
                 if value is None or unpack_row(value).used >= cutoff or item.candidate.key in marked.keys:
                     continue
-                change.delete(Table.BLOBS, item.candidate.key)
                 gone.append(item)
-            if gone:
-                count_removal(change)
+            delete_rows(change, [item.candidate.key for item in gone])
             return gone
 
         gone = self._index.update(work)

@@ -129,9 +129,11 @@ def empty_hash(function: DigestFunction) -> bytes:
 
 def parse_hash(hexadecimal: str) -> bytes:
     """32 bytes from 64 lower-case hexadecimal digits. Raises BadDigest."""
-    if len(hexadecimal) != 2 * HASH_BYTES or not _HEX.issuperset(hexadecimal):
+    try:
+        hash_ = bytes.fromhex(hexadecimal)
+    except ValueError:
+        hash_ = b""
+    # It would take upper case and spaces as well.
+    if len(hash_) != HASH_BYTES or hash_.hex() != hexadecimal:
         raise BadDigest(f"{hexadecimal[:80]!r} is not a hash: 64 hexadecimal digits in lower case")
-    return bytes.fromhex(hexadecimal)
-
-
-_HEX = frozenset("0123456789abcdef")
+    return hash_

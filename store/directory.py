@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 
 from store.digest import Digest, DigestFunction, parse_hash
@@ -43,12 +44,9 @@ _REFERENCE = b"casfs.reference"
 _REFERENCE_VALUE = re.compile(rb"(\d{1,20}):(\d{1,20}):(\d{1,20}):(-?\d{1,20}):(-?\d{1,20}):(/[^\0]*)", re.DOTALL)
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
-_SHORT = [bytes((n,)) if n < 128 else bytes((n & 127 | 128, n >> 7)) for n in range(1 << 14)]
 
-
+@lru_cache(1 << 14)
 def _varint(value: int) -> bytes:
-    if value < 1 << 14:
-        return _SHORT[value]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -81,7 +79,7 @@ def _file(entry: FileEntry | ReferenceEntry) -> bytes:
     node = b"\n" + _varint(len(entry.name)) + entry.name
     if isinstance(entry, FileEntry):
         digest = _digest(entry.digest)
-        node += b"\x12" + _SHORT[len(digest)] + digest
+        node += b"\x12" + _varint(len(digest)) + digest
         properties = b"" if entry.mtime_ns is None else _mtime(entry.mtime_ns)
     else:
         properties = _reference(entry)

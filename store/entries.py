@@ -121,3 +121,8 @@ def split_path(path: bytes, where: str) -> tuple[bytes, ...]:
 def printable(name: bytes) -> str:
     """A name or path for a message: quoted, with control and non-UTF-8 bytes escaped."""
     return repr(os.fsdecode(name).encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def path_order(path: bytes) -> bytes:
+    """The sort key under which a directory comes right before its contents."""
+    return path.replace(b"/", b"\0")

@@ -8,7 +8,8 @@
     │   └── BadTree              a Directory message that breaks REAPI's rules
     ├── NotFound
     │   ├── MissingBlob          no such blob in the store
-    │   └── MissingManifest      no such manifest name
+    │   ├── MissingManifest      no such manifest name
+    │   └── MissingTree          a directory that is not interned
     ├── DigestMismatch           bytes do not have the digest they were offered under
     ├── CorruptBlob              a stored blob's bytes are wrong; it was quarantined
     ├── StaleReference           a by-reference file changed since it was recorded
@@ -57,6 +58,10 @@ class MissingBlob(NotFound):
 
 class MissingManifest(NotFound):
     """There is no manifest of that name."""
+
+
+class MissingTree(NotFound):
+    """A directory is not in the index, or not any more."""
 
 
 class DigestMismatch(StoreError):

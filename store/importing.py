@@ -16,11 +16,12 @@ from typing import TypeVar
 
 from store.blobs import Blobs, unpack_row
 from store.digest import Digest, DigestFunction
-from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, printable, split_path
+from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, path_order, printable, split_path
 from store.errors import BadInput, BadManifest, DigestMismatch, MissingBlob
 from store.hydration import Hydrator
 from store.index import Index, Table
 from store.ingest import Ingest, Transfer
+from store.interning import intern_few
 from store.layout import Layout
 from store.manifest_text import (
     ChecklistLine,
@@ -29,9 +30,10 @@ from store.manifest_text import (
     parse_checklist,
     parse_header,
     parse_manifest,
-    path_order,
 )
+from store.messages import Messages
 from store.scan import Excluded, ScannedDirectory, ScannedFile, scan_directory
+from store.sources import TreeSource
 from store.treebuilder import TreeBuilder
 from store.trees import Directory
 
@@ -69,7 +71,11 @@ R = TypeVar("R")
 class Importer:
     """Makes trees in one store."""
 
-    def __init__(self, layout: Layout, index: Index, blobs: Blobs, hydrator: Hydrator) -> None:
+    def __init__(
+        self, layout: Layout, index: Index, blobs: Blobs, hydrator: Hydrator, trees: Sequence[TreeSource] = ()
+    ) -> None:
+        """`trees`: who can be asked for all directories of a tree that is hardly known here."""
+        self._trees = trees
         self._layout = layout
         self._index = index
         self._blobs = blobs
@@ -143,20 +149,13 @@ class Importer:
 
         Raises MissingBlob naming a Directory that isn't there, BadTree.
         """
-        with self._building(root.function) as (_, builder):
-            builder.add_messages(root, self._read_message)
+        directory = intern_few(self._index, self._blobs, root)
+        if directory is not None:
+            return directory
+        with self._building(root.function) as (ingest, builder):
+            messages = Messages(root, self._index, self._blobs, self._hydrator, self._trees, ingest)
+            builder.add_messages(root, messages.read)
             return builder.finish(root)
-
-    def _read_message(self, digest: Digest) -> bytes:
-        if not digest.size:
-            return b""  # the empty blob always exists
-        try:
-            descriptor = self._blobs.open(digest)
-        except MissingBlob:
-            self._hydrator.fetch(digest).result()
-            descriptor = self._blobs.open(digest)
-        with open(descriptor, "rb") as file:
-            return file.read()
 
     def from_text(self, lines: Iterable[str], source: str) -> Directory:
         """The tree a manifest's text says. Its blobs need not be here.

@@ -1,7 +1,7 @@
 """The LMDB environment: transactions over named tables of bytes, and nothing else.
 
 The only module that imports `lmdb`. What the rows mean is said by the modules
-that own a table (`store.blobs`, `store.trees`, `store.manifests`, `store.leases`).
+that own a table (`store.blobs`, `store.trees`, `store.manifests`).
 
 Threading and processes. Any number of readers in any number of processes; a
 reader never waits for a writer. Writers take turns: threads by `_writing`,
@@ -54,7 +54,6 @@ class Table(Enum):
     ENTRIES = b"entries"
     WAYPOINTS = b"waypoints"
     MANIFESTS = b"manifests"
-    LEASES = b"leases"
 
     # That of Enum is a call into Python, for each probe.
     __hash__ = object.__hash__
@@ -195,7 +194,13 @@ class Index:
             _reserve_reader_table(directory / "lock.mdb")
             size = max(_FIRST_MAP, 2 * _size_of(directory / "data.mdb"))
             self._env = lmdb.open(
-                str(directory), map_size=size, max_dbs=len(Table), max_readers=_MAX_READERS, readahead=False
+                str(directory),
+                map_size=size,
+                max_dbs=len(Table),
+                max_readers=_MAX_READERS,
+                readahead=False,
+                # What a commit wrote is synced before it counts, that it counts only by `update`, where it has to be.
+                metasync=False,
             )
         except (OSError, lmdb.Error) as error:
             os.close(self._write_lock)
@@ -252,10 +257,11 @@ class Index:
         """``with index.view() as view:`` — a consistent read."""
         return _Viewing(self)
 
-    def update(self, work: Callable[[Change], T]) -> T:
-        """Run `work` in one transaction and commit it durably.
+    def update(self, work: Callable[[Change], T], *, lasting: bool = True) -> T:
+        """Run `work` in one transaction and commit it, durably if it is to be `lasting`.
 
-        `work` is run again from the start when the map was full and has been
+        Else a crash of the machine may undo it, as a whole, if it was the last
+        one; it costs one sync in place of two. `work` is run again from the start when the map was full and has been
         grown: it must have no effect but through the `Change` it is given.
         """
         with self._exclusive():
@@ -266,6 +272,8 @@ class Index:
                     txn = self._env.begin(write=True)
                     result = work(Change(txn, self._dbs, thread))
                     txn.commit()
+                    if lasting:
+                        self._env.sync(True)
                     return result
                 except lmdb.MapFullError:
                     self._give_up(txn, thread, 2 * self._env.info()["map_size"])

@@ -1,18 +1,8 @@
-"""Bringing bytes into the store: hash, make durable, publish, remember.
+"""Bringing bytes into the store: written to ``tmp/<session>/``, hashed, and held for a publication.
 
-The durability rule (ARCHITECTURE.md has the argument):
-
-    1. The bytes are written to ``tmp/<session>/`` and hashed there, or hashed
-       in memory and then written: what is hashed is what is published.
-    2. They are made durable (fsync each, or one syncfs for a large batch).
-    3. Each file is renamed to its final name. From here on it is published.
-    4. The names are made durable (fsync of the directories, or syncfs).
-    5. One index transaction gives every blob its row.
-
-A crash before 3 leaves litter in ``tmp/``, which the next start of any casfs
-removes, as the session's lock is free then. A crash between 3 and 5 leaves
-whole files without rows, which are hashed at their first use. Where an error
-(a full disk) ends it between 3 and 5, the files are taken back.
+What is hashed is what is published: bytes are hashed in memory and then
+written, or hashed in ``tmp/`` after they were. `store.publication` has the
+durability rule, and what a crash leaves.
 
 Threads may share a session: `add_*` run in parallel, also with a `flush`, which
 publishes what was added before it began; flushes take turns.
@@ -24,33 +14,32 @@ import errno
 import os
 import stat
 import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from store import kernel
-from store.blobs import MODE, MODE_EXECUTABLE, BlobRow, Blobs, find_row, pack_row, touch, unpack_row
+from store.blobs import MODE, Blobs, find_row
 from store.digest import Digest, DigestFunction
 from store.entries import Stamp, printable
-from store.errors import BadInput, DigestMismatch, MissingBlob, StoreError
-from store.hashing import CHUNK, hash_descriptor, hasher_for
-from store.index import Change, Index, Table
-from store.layout import Layout, blob_path
+from store.errors import BadInput, DigestMismatch, MissingBlob
+from store.hashing import CHUNK, hash_descriptor
+from store.index import Index, Table
+from store.layout import Layout
+from store.publication import Batch, Pending, Publisher, mode_of
 from store.sessions import Session, translated
-from store.stamps import find_stamp, is_settled, put_stamps
+from store.stamps import find_stamp, is_settled
+from store.writer import Anything, Claim, Exactly, Writer, discard, write_all
 
 SMALL = 256 << 10
 """Files up to this size are read into memory, hashed and written; larger ones are cloned or copied first."""
 _WORTH_CLONING = 16 << 10
 """Where cloning is known to work, it begins at this size: below, a copy of one's own costs less than sharing."""
-_SYNCFS_FROM = 16
-"""From this many new blobs on one syncfs is cheaper than an fsync each (ARCHITECTURE.md has the numbers)."""
 _FLUSH_BLOBS = 4096
 _FLUSH_BYTES = 1 << 30
+_WRITING = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 class Transfer(Enum):
@@ -68,38 +57,25 @@ class ReadableStream(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class _Pending(NamedTuple):
-    digest: Digest
-    path: str
-    executable: bool
-
-
-class _Batch(NamedTuple):
-    """What a flush works on: files in tmp by key, blobs that were there already, digests of host files."""
-
-    pending: dict[bytes, _Pending]
-    seen: dict[bytes, Callable[[], Digest]]
-    made_executable: set[bytes]
-    stamps: list[tuple[Stamp, Digest]]
-
-
 class Ingest:
     """One session of adding blobs. A context manager: leaving it normally flushes, with an error discards.
 
     What `add_*` return is a promise until `flush` returns.
     """
 
-    def __init__(self, layout: Layout, index: Index, blobs: Blobs) -> None:
+    def __init__(self, layout: Layout, index: Index, blobs: Blobs, *, spares: bool = True) -> None:
+        """`spares`: while this session lives, collections spare what was used since it began; see `Session`."""
         self._index = index
         self._blobs = blobs
         self._layout = layout
-        self._session = Session(layout)
+        self._session = Session(layout, spares=spares)
         self._directory = str(self._session.directory)
+        self._publisher = Publisher(layout, index, blobs, self._directory)
         self._flushing = threading.Lock()
         self._lock = threading.Lock()
         # Under `_lock`:
         self._serial = 0
-        self._batch = _Batch({}, {}, set(), [])
+        self._batch = Batch({}, {}, set(), [])
         self._pending_bytes = 0
         self._clones: dict[int, bool] = {}
         self.new_blobs = 0
@@ -121,12 +97,36 @@ class Ingest:
         """Discard what was not flushed."""
         self._session.close()
 
-    def add_bytes(self, data: bytes, function: DigestFunction, *, executable: bool = False) -> Digest:
-        """Add a blob that is in memory."""
+    def add_bytes(
+        self, data: bytes, function: DigestFunction, expected: Digest | None = None, *, executable: bool = False
+    ) -> Digest:
+        """Add a blob that is in memory. Raises DigestMismatch if it isn't `expected`; nothing is kept then."""
         digest = function.of(data)
+        if expected is not None and digest != expected:
+            raise _mismatch(expected, digest)
         if not self._note_seen(digest, lambda: self.add_bytes(data, function, executable=executable), executable):
             self._write(digest, data, executable)
         return digest
+
+    def add_all(self, blobs: Sequence[tuple[Digest, bytes]]) -> list[DigestMismatch | None]:
+        """Add blobs that are in memory; says of each whether it is what it was said to be. Raises NoSpace.
+
+        One look at the index for all of them.
+        """
+        results: list[DigestMismatch | None] = []
+        right: dict[bytes, tuple[Digest, bytes]] = {}
+        for digest, data in blobs:
+            found = digest.function.of(data)
+            results.append(_mismatch(digest, found) if found != digest else None)
+            if found == digest:
+                right[digest.key] = digest, data
+        with self._index.view() as view:
+            known = {key for key in right if view.get(Table.BLOBS, key) is not None}
+        self._write_all([blob for key, blob in right.items() if key not in known])
+        for key in known:
+            digest, data = right[key]
+            self.add_bytes(data, digest.function)
+        return results
 
     def add_stream(
         self,
@@ -140,28 +140,23 @@ class Ingest:
 
         Raises DigestMismatch if it isn't `expected`; nothing is kept then.
         """
-        path = self._new_path()
-        hasher = hasher_for(function, expected.size if expected else CHUNK)
-        size = 0
+        writer = self.begin(Anything(function) if expected is None else Exactly(expected), executable=executable)
         try:
-            with translated(self._layout, "adding a stream"):
-                out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            try:
-                while chunk := stream.read(CHUNK):
-                    hasher.update(chunk)
-                    with translated(self._layout, "adding a stream"):
-                        _write_all(out, chunk)
-                    size += len(chunk)
-            finally:
-                os.close(out)
-            digest = Digest(function, hasher.digest(), size)
-            if expected is not None and digest != expected:
-                raise DigestMismatch(f"the bytes offered as {expected} are {digest}; nothing was stored")
+            while chunk := stream.read(CHUNK):
+                writer.write(chunk)
         except BaseException:
-            _discard(path)
+            writer.discard()
             raise
-        self._hold(_Pending(digest, path, executable))
-        return digest
+        return writer.finish()
+
+    def begin(self, claim: Claim, *, executable: bool = False) -> Writer:
+        """Begin a blob whose bytes come piece by piece; it counts once its writer was finished."""
+        return Writer(
+            self._layout,
+            self._new_path(),
+            claim,
+            lambda digest, path: self._hold(Pending(digest, path, executable)),
+        )
 
     def add_file(
         self,
@@ -213,6 +208,13 @@ class Ingest:
         finally:
             os.close(source)
 
+    def add_known(self, digest: Digest, again: Callable[[], Digest], *, executable: bool = False) -> bool:
+        """Count a blob that is here as added, without having its bytes; False where it isn't here.
+
+        `again` adds it with them, if a collection takes it before the flush.
+        """
+        return self._note_seen(digest, again, executable)
+
     def _note_seen(self, digest: Digest, again: Callable[[], Digest], executable: bool) -> bool:
         """Whether the blob is in the store or on its way; remembers to touch it at the flush."""
         key = digest.key
@@ -240,16 +242,48 @@ class Ingest:
 
     def _write(self, digest: Digest, data: bytes, executable: bool) -> None:
         path = self._new_path()
-        with translated(self._layout, f"writing blob {digest}"):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with translated(self._layout, "writing a blob"):
+            descriptor = os.open(path, _WRITING, mode_of(executable))
             try:
-                _write_all(descriptor, data)
+                write_all(descriptor, data)
+                # Not what was asked for, where the umask takes some of it.
+                mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
             except BaseException:
-                _discard(path)
+                discard(path)
                 raise
             finally:
                 os.close(descriptor)
-        self._hold(_Pending(digest, path, executable))
+        self._hold(Pending(digest, path, executable, mode))
+
+    def _write_all(self, blobs: Sequence[tuple[Digest, bytes]]) -> None:
+        """Write many blobs, none executable, with three calls each, by names relative to the session's directory.
+
+        After a failure those that were written are held all the same.
+        """
+        if not blobs:
+            return
+        with self._lock:
+            first, self._serial = self._serial + 1, self._serial + len(blobs)
+        held: list[Pending] = []
+        with translated(self._layout, "writing blobs"), kernel.opened_directory(self._directory) as directory:
+            mode = 0
+            try:
+                for number, (digest, data) in enumerate(blobs, first):
+                    path = f"{self._directory}/{number}"
+                    descriptor = os.open(str(number), _WRITING, MODE, dir_fd=directory)
+                    try:
+                        write_all(descriptor, data)
+                        # One umask for all.
+                        mode = mode or stat.S_IMODE(os.fstat(descriptor).st_mode)
+                    except BaseException:
+                        discard(path)
+                        raise
+                    finally:
+                        os.close(descriptor)
+                    held.append(Pending(digest, path, executable=False, mode=mode))
+            finally:
+                for item in held:
+                    self._hold(item)
 
     def _transfer(
         self,
@@ -275,9 +309,9 @@ class Ingest:
                 os.close(target)
             _check(digest, expected, name)
         except BaseException:
-            _discard(path)
+            discard(path)
             raise
-        self._hold(_Pending(digest, path, executable))
+        self._hold(Pending(digest, path, executable))
         return digest
 
     def _fill(self, source: int, target: int) -> None:
@@ -292,7 +326,7 @@ class Ingest:
             os.close(target)
             raise
 
-    def _hold(self, pending: _Pending) -> None:
+    def _hold(self, pending: Pending) -> None:
         key = pending.digest.key
         with self._lock:
             other = self._batch.pending.get(key)
@@ -302,7 +336,7 @@ class Ingest:
                 return
             if pending.executable:
                 self._batch.pending[key] = other._replace(executable=True)
-        _discard(pending.path)
+        discard(pending.path)
 
     @property
     def is_full(self) -> bool:
@@ -326,105 +360,16 @@ class Ingest:
 
     def _flush_once(self) -> list[Callable[[], Digest]]:
         with self._lock:
-            batch, self._batch, self._pending_bytes = self._batch, _Batch({}, {}, set(), []), 0
-        if not (batch.pending or batch.seen or batch.stamps):
-            return []
-        fresh = self._without_row(batch)
-        many = len(fresh) >= _SYNCFS_FROM
-        for item in fresh:
-            _make_ready(item, sync=not many)
-        if many:
-            kernel.syncfs(self._blobs.directory)
-        ready = {item.path for item in fresh}
-        try:
-            # Nothing is collected while this is held: what has its row now keeps it.
-            with self._blobs.publishing():
-                fresh = self._without_row(batch)
-                for item in fresh:
-                    if item.path not in ready:
-                        _make_ready(item, sync=True)
-                self._publish(fresh, many)
-                absent = self._remember(batch, fresh)
-        except BaseException:
-            self._take_back(fresh)
-            raise
-        for path in {item.path for item in batch.pending.values()} - {item.path for item in fresh}:
-            _discard(path)
+            batch, self._batch, self._pending_bytes = self._batch, Batch({}, {}, set(), []), 0
+        published = self._publisher.publish(batch)
         with self._lock:
-            self.new_blobs += len(fresh)
-            self.new_bytes += sum(item.digest.size for item in fresh)
-        return [batch.seen[key] for key in absent]
-
-    def _without_row(self, batch: _Batch) -> list[_Pending]:
-        """What nobody else was first with: a file that is there stays, as mounts may have it open."""
-        with self._index.view() as view:
-            return [
-                item
-                for item in batch.pending.values()
-                if find_row(view, item.digest) is None or not self._blobs.has_file(item.digest)
-            ]
-
-    def _publish(self, fresh: list[_Pending], many: bool) -> None:
-        """Give durable files their final names, durably."""
-        directories: set[Path] = set()
-        for item in fresh:
-            target = self._layout.blobs / blob_path(item.digest)
-            try:
-                os.rename(item.path, target)
-            except FileNotFoundError:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                directories.update(target.parents[1:])  # the names of new directories have to last too
-                os.rename(item.path, target)
-            directories.add(target.parent)
-        if many:
-            kernel.syncfs(self._blobs.directory)
-        else:
-            for directory in directories.difference(self._layout.root.parents):
-                kernel.fsync_path(directory)
-
-    def _remember(self, batch: _Batch, fresh: list[_Pending]) -> list[bytes]:
-        """Give what was published its rows; returns the keys of what was seen and is gone."""
-        now = int(time.time())
-        made_executable = batch.made_executable | {key for key, item in batch.pending.items() if item.executable}
-        made_executable -= {item.digest.key for item in fresh}
-        for key in made_executable:
-            self._make_executable(key)
-
-        def work(change: Change) -> list[bytes]:
-            for digest, _, executable in fresh:
-                change.put(Table.BLOBS, digest.key, pack_row(BlobRow(digest.size, now, executable)))
-            touch(change, batch.pending, now)
-            absent = touch(change, [key for key in batch.seen if key not in batch.pending], now)
-            for key in made_executable:
-                if (value := change.get(Table.BLOBS, key)) is not None:
-                    change.put(Table.BLOBS, key, pack_row(unpack_row(value)._replace(executable=True)))
-            put_stamps(change, batch.stamps)
-            return absent
-
-        return self._index.update(work)
-
-    def _take_back(self, fresh: list[_Pending]) -> None:
-        """After a failure: what got its name and no row goes away again, to leave a full disk as it was."""
-        # Whatever fails here leaves whole files without rows, which do no harm.
-        with suppress(OSError, StoreError), self._blobs.removing():
-            for item in self._without_row(_Batch({item.digest.key: item for item in fresh}, {}, set(), [])):
-                if not os.path.lexists(item.path):
-                    _discard(str(self._layout.blobs / blob_path(item.digest)))
-
-    def _make_executable(self, key: bytes) -> None:
-        """A blob that was only data is a program too now: a hard-link checkout needs the bits."""
-        path = blob_path(Digest.from_key(key, 0))
-        try:
-            os.chmod(path, MODE_EXECUTABLE, dir_fd=self._blobs.directory)
-        except FileNotFoundError:
-            return  # lost behind our back; `Blobs.open` says so when it is needed
+            self.new_blobs += len(published.fresh)
+            self.new_bytes += sum(item.digest.size for item in published.fresh)
+        return [batch.seen[key] for key in published.absent]
 
 
-def _make_ready(item: _Pending, *, sync: bool) -> None:
-    """The last that is done to a file before its publication: its mode, and making it durable."""
-    os.chmod(item.path, MODE_EXECUTABLE if item.executable else MODE)
-    if sync:
-        kernel.fsync_path(item.path)
+def _mismatch(expected: Digest, found: Digest) -> DigestMismatch:
+    return DigestMismatch(f"the bytes offered as {expected} are {found}; nothing was stored")
 
 
 def _link(source: int, name: str | bytes | Path, path: str) -> int:
@@ -459,14 +404,3 @@ def _read_all(descriptor: int, size: int) -> bytes:
     while parts[-1]:
         parts.append(os.read(descriptor, CHUNK))
     return b"".join(parts)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _discard(path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)

@@ -10,7 +10,8 @@ import errno
 import fcntl
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h
@@ -31,6 +32,16 @@ def fsync_path(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened_directory(path: str | Path) -> Iterator[int]:
+    """A descriptor of a directory, for names relative to it."""
+    descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -80,16 +91,17 @@ def copy(source: int, target: int) -> None:
             # Between some file systems (and from some special ones) the kernel can't.
             if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
-            _copy_by_hand(source, target, copied)
+            copy_unshared(source, target, copied)
             return
         if not count:
             # Files whose size is unknown to the kernel (procfs) claim to end at once.
-            _copy_by_hand(source, target, copied)
+            copy_unshared(source, target, copied)
             return
         copied += count
 
 
-def _copy_by_hand(source: int, target: int, position: int) -> None:
+def copy_unshared(source: int, target: int, position: int = 0) -> None:
+    """Fill `target` from `position` on with blocks of its own: copy_file_range(2) shares them on btrfs and XFS."""
     while data := os.pread(source, 1 << 20, position):
         view = memoryview(data)
         while view:

@@ -10,6 +10,7 @@
       leases/<id>            a lock file per lease, held by whoever holds the lease
       tmp/<session>/         unpublished files of one session, locked while it lives
       cold/blake3/ab/<hash>.zst   blobs that were not used for long, compressed; made when first needed
+      profiles/<hash>.json   which inputs actions of one kind opened; made when first needed, may go at any time
       quarantine/            files whose bytes were not what their name says
       format                 says that this is a store, and of which format
       casfs.log              what went wrong behind a mount
@@ -19,6 +20,7 @@ All of it must be on one file system: things move by rename.
 
 from __future__ import annotations
 
+from binascii import hexlify
 from pathlib import Path
 
 from store.digest import Digest, DigestFunction, parse_hash
@@ -38,6 +40,7 @@ class Layout:
         self.leases = root / "leases"
         self.tmp = root / "tmp"
         self.cold = root / "cold"
+        self.profiles = root / "profiles"
         self.quarantine = root / "quarantine"
         self.log = root / "casfs.log"
         self.marker = root / "format"
@@ -51,6 +54,12 @@ def blob_path(digest: Digest) -> str:
     """Where a blob lies, relative to ``STORE/blobs``."""
     hexadecimal = digest.hash.hex()
     return f"{_PREFIX[digest.function]}/{hexadecimal[:2]}/{hexadecimal}"
+
+
+def blob_path_in_function(hash_: bytes) -> bytes:
+    """Where a blob lies, relative to the directory of its function's shards (`cas_directories`)."""
+    hexadecimal = hexlify(hash_)
+    return hexadecimal[:2] + b"/" + hexadecimal
 
 
 def cas_directories() -> dict[DigestFunction, str]:

@@ -1,10 +1,13 @@
 """Leases: what must not be collected because something living uses it.
 
-    LEASES  id → JSON {"kind", "roots": [digest, …], "holder", "since"}
-
+A lease is a file ``leases/<id>``: JSON {"kind", "roots": [digest, …], "holder", "since"}.
 Whether the holder lives is not guessed from a process id (which means nothing
-in another pid namespace): it holds a lock on ``leases/<id>``, and the kernel
-lets go of it when the last process with that descriptor is gone.
+in another pid namespace): it holds a lock on the file, and the kernel lets go
+of it when the last process with that descriptor is gone.
+
+No row of the index: a lease is taken for each sandbox, and a commit would be a
+sync of the disk. What makes it safe is the publication lock: a lease appears
+while nothing is being removed, and whoever removes looks at the leases first.
 """
 
 from __future__ import annotations
@@ -12,14 +15,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from store.blobs import Blobs
 from store.digest import Digest
-from store.index import Change, Index, Table, View
+from store.errors import BadDigest
 from store.layout import Layout
 from store.sessions import translated
 
@@ -40,15 +43,13 @@ class LeaseInfo(NamedTuple):
 class Lease:
     """A lease that this process holds until `release` or its death. Survives a fork; a context manager."""
 
-    def __init__(self, index: Index, layout: Layout, info: LeaseInfo, lock: int) -> None:
+    def __init__(self, layout: Layout, info: LeaseInfo, lock: int) -> None:
         self.info = info
-        self._index = index
         self._path = layout.leases / info.id
         self._lock = lock
 
     def release(self) -> None:
         """Give the lease up."""
-        self._index.update(lambda change: change.delete(Table.LEASES, self.info.id.encode()))
         self._path.unlink(missing_ok=True)
         os.close(self._lock)
 
@@ -84,29 +85,30 @@ def _is_mounted(lease_id: str) -> bool:
 class Leases:
     """The leases of one store."""
 
-    def __init__(self, layout: Layout, index: Index) -> None:
+    def __init__(self, layout: Layout, blobs: Blobs) -> None:
         self._layout = layout
-        self._index = index
+        self._blobs = blobs
 
     def acquire(self, kind: str, roots: Iterable[Digest], holder: str) -> Lease:
-        """Pin the trees below `roots`. `kind` and `holder` tell a person who does."""
-        with translated(self._layout, f"taking a lease for {holder}"):
+        """Pin the trees below `roots`. `kind` and `holder` tell a person who does.
+
+        Nothing they reach is removed from now on; what is gone already is not looked for.
+        """
+        pinned, since = tuple(roots), int(time.time())
+        record = {"kind": kind, "roots": [str(digest) for digest in pinned], "holder": holder, "since": since}
+        with translated(self._layout, f"taking a lease for {holder}"), self._blobs.publishing():
             lease_id, lock = self._make_locked()
-        info = LeaseInfo(lease_id, kind, tuple(roots), holder, int(time.time()))
-        value = json.dumps(
-            {"kind": kind, "roots": [str(d) for d in info.roots], "holder": holder, "since": info.since}
-        ).encode()
-        try:
-            self._index.update(lambda change: change.put(Table.LEASES, info.id.encode(), value))
-        except BaseException:
-            (self._layout.leases / lease_id).unlink(missing_ok=True)
-            os.close(lock)
-            raise
-        return Lease(self._index, self._layout, info, lock)
+            try:
+                os.write(lock, json.dumps(record).encode())
+            except BaseException:
+                (self._layout.leases / lease_id).unlink(missing_ok=True)
+                os.close(lock)
+                raise
+        return Lease(self._layout, LeaseInfo(lease_id, kind, pinned, holder, since), lock)
 
     def _make_locked(self) -> tuple[str, int]:
         while True:
-            lease_id = secrets.token_hex(8)
+            lease_id = os.urandom(8).hex()
             path = self._layout.leases / lease_id
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -115,62 +117,43 @@ class Leases:
             os.close(lock)  # a cleaner took the file before it was locked
 
     def clean(self) -> None:
-        """Remove lock files that a kill left without a lease."""
-        with self._index.view() as view:
-            known = {lease.id for lease in _all(view)}
+        """Remove what those left behind who were killed."""
         for name in os.listdir(self._layout.leases):
-            if name not in known:
-                self._remove_unless_held(name)
-
-    def _remove_unless_held(self, name: str) -> None:
-        path = self._layout.leases / name
-        with suppress(OSError):
-            lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(lock)
+            self._is_held(name)
 
     def living(self) -> list[LeaseInfo]:
         """The leases whose holders live; the others are cleared away."""
-        with self._index.view() as view:
-            leases = list(_all(view))
-        dead = [lease for lease in leases if not self._is_held(lease.id)]
-        if dead:
+        return [lease for lease in self._all() if self._is_held(lease.id)]
 
-            def work(change: Change) -> None:
-                for lease in dead:
-                    change.delete(Table.LEASES, lease.id.encode())
+    def roots(self) -> list[Digest]:
+        """The roots of all leases, of living and dead holders. Binding while `Blobs.removing` is held."""
+        return [root for lease in self._all() for root in lease.roots]
 
-            self._index.update(work)
-            for lease in dead:
-                (self._layout.leases / lease.id).unlink(missing_ok=True)
-        return [lease for lease in leases if lease not in dead]
+    def _all(self) -> Iterator[LeaseInfo]:
+        for name in os.listdir(self._layout.leases):
+            # What is no lease is the lock of something else, or not written yet.
+            with suppress(OSError, ValueError, KeyError, TypeError, BadDigest):
+                record = json.loads((self._layout.leases / name).read_bytes())
+                roots = tuple(map(Digest.parse, record["roots"]))
+                yield LeaseInfo(name, record["kind"], roots, record["holder"], record["since"])
 
     def _is_held(self, lease_id: str) -> bool:
+        """Whether somebody living, or a mount, holds that lease; if not, it is cleared away."""
+        path = self._layout.leases / lease_id
         try:
-            lock = os.open(self._layout.leases / lease_id, os.O_RDWR | os.O_CLOEXEC)
+            lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         except OSError:
             return True  # another user's, most likely: who can't tell lets it live
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_mounted(lease_id):
+                return True
+            with suppress(OSError):
+                path.unlink()
         except BlockingIOError:
             return True
         finally:
             os.close(lock)
-        return _is_mounted(lease_id)
-
-
-def _all(view: View) -> Iterable[LeaseInfo]:
-    for key, value in view.scan(Table.LEASES):
-        record = json.loads(value)
-        roots = tuple(Digest.parse(text) for text in record["roots"])
-        yield LeaseInfo(key.decode(), record["kind"], roots, record["holder"], record["since"])
-
-
-def lease_roots(view: View) -> list[Digest]:
-    """The roots of all leases, of living and dead holders."""
-    return [root for lease in _all(view) for root in lease.roots]
+        return False

@@ -57,11 +57,6 @@ class Item(NamedTuple):
     line: int
 
 
-def path_order(path: bytes) -> bytes:
-    """The sort key under which a directory comes right before its contents."""
-    return path.replace(b"/", b"\0")
-
-
 def quote(raw: bytes) -> str:
     """A path or target as it stands in a manifest's text."""
     text = raw.decode("utf-8", "surrogateescape")

@@ -29,7 +29,7 @@ from store.errors import AlreadyExists, BadInput, BadName, MissingManifest, Stor
 from store.index import Change, Index, Table, View
 from store.layout import Layout
 from store.sessions import Session, translated
-from store.trees import Directory, find_directory, walk_directories
+from store.trees import Directory, get_directory, walk_directories
 
 _NAME = re.compile(r"[A-Za-z0-9_+@][A-Za-z0-9._+@-]{0,199}")
 
@@ -103,13 +103,11 @@ class Manifests:
             return [_unpack(key.decode(), value) for key, value in view.scan(Table.MANIFESTS)]
 
     def put(self, name: str, root: Digest, source: str, *, replace: bool) -> Manifest:
-        """Name a root that is interned. Raises BadName or AlreadyExists."""
+        """Name a root that is interned. Raises BadName, AlreadyExists, MissingTree."""
         check_manifest_name(name)
         with self._index.view() as view:
             before = removals(view)
-            directory = find_directory(view, root)
-        if directory is None:
-            raise MissingManifest(f"directory {root} is not in the index: nothing to name {name!r}")
+            directory = get_directory(view, root)
         manifest = Manifest(name, root, int(time.time()), source, self._count_missing(directory, look=False), before)
 
         def work(change: Change) -> None:
@@ -186,14 +184,12 @@ class Manifests:
         """How many of a tree's blobs are not in the store, nor in its cold tier.
 
         Small trees are looked up on disk; for large ones the count kept with
-        the manifest holds until blobs were removed. Raises MissingManifest
+        the manifest holds until blobs were removed. Raises MissingTree
         for a root that is not interned.
         """
         with self._index.view() as view:
-            directory = find_directory(view, root)
+            directory = get_directory(view, root)
             now = removals(view)
-        if directory is None:
-            raise MissingManifest(f"directory {root} is not in the index")
         if directory.nodes <= LOOK_AT_MOST:
             return self._count_missing(directory, look=True)
         manifest = self.find(name) if name else None

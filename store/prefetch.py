@@ -36,7 +36,7 @@ def prefetch(store: Store, digests: list[Digest], progress: Progress = lambda bl
     rest = iter(digests)
     while True:
         while len(running) < _AT_ONCE and (digest := next(rest, None)) is not None:
-            running[store.hydrator.fetch(digest)] = digest
+            running[store.hydrator.fetch(digest, ahead=True)] = digest
         if not running:
             return result
         for future in wait(running, return_when=FIRST_COMPLETED).done:

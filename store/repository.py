@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from store import kernel
+from store.action_cache import ActionCache
 from store.blobs import Blobs
 from store.cold import ColdTier
-from store.demotion import Demoter
+from store.digest import Digest
 from store.directory_source import DirectorySource
 from store.errors import NewerFormat, StoreUnusable
-from store.gc import Collector
-from store.hydration import DEFAULT_TIMEOUT, Hydrator
-from store.importing import Importer
 from store.index import Index
 from store.ingest import Ingest
 from store.layout import Layout
 from store.leases import Leases
 from store.manifests import Manifests
 from store.sessions import living_sessions
-from store.sources import Source
-from store.verify import Verifier
+from store.sources import DEFAULT_TIMEOUT, RemoteSource, Source, TreeSource
+
+if TYPE_CHECKING:
+    from store.demotion import Demoter
+    from store.gc import Collected, Collector
+    from store.hydration import Hydrator
+    from store.importing import Importer
+    from store.presence import Presence
+    from store.quota import Limits, Space
+    from store.uploads import Uploads
+    from store.verify import Verifier
 
 FORMAT = 1
 """Of the directory; the index has a format of its own."""
@@ -35,10 +46,15 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """Where missing blobs may come from, beside the store's own cold tier; `timeout` is in seconds."""
+    """Where missing blobs may come from, beside the store's own cold tier; `timeout` is in seconds.
+
+    `remote` is called when the store is opened, so in the process that will use
+    what it makes: options cross a fork, connections don't.
+    """
 
     directories: tuple[Path, ...] = ()
     timeout: float = DEFAULT_TIMEOUT
+    remote: Callable[[], Sequence[RemoteSource]] = tuple
 
 
 class Store:
@@ -51,13 +67,63 @@ class Store:
         self.blobs = Blobs(layout, index)
         self.cold = ColdTier(layout, index, self.blobs)
         self.manifests = Manifests(layout, index, self.blobs, self.cold)
-        self.leases = Leases(layout, index)
-        sources: list[Source] = [self.cold, *map(DirectorySource, options.directories)]
-        self.hydrator = Hydrator(self.blobs, self.ingest, sources, timeout=options.timeout)
-        self.importer = Importer(layout, index, self.blobs, self.hydrator)
-        self.collector = Collector(layout, index, self.blobs, self.leases, self.cold)
-        self.demoter = Demoter(layout, index, self.blobs, self.leases, self.cold)
-        self.verifier = Verifier(index, self.blobs, self.cold, self.manifests, self.leases, self.importer)
+        self.leases = Leases(layout, self.blobs)
+        self.actions = ActionCache(layout)
+        self._options = options
+        self._remote = options.remote()
+        self._making = threading.Lock()
+        self._hydrator: Hydrator | None = None
+
+    # What the rest needs is imported when it is asked for: not by a command that has a person waiting.
+    # Without threads of their own, so that two may well make one twice; the hydrator is made under a lock.
+
+    @property
+    def hydrator(self) -> Hydrator:
+        """Fetches what is missing. One a store, whoever asks first: it has threads."""
+        with self._making:
+            if self._hydrator is None:
+                from store.hydration import Hydrator
+
+                directories = map(DirectorySource, self._options.directories)
+                sources: list[Source] = [self.cold, *directories, *self._remote]
+                self._hydrator = Hydrator(self.blobs, self.ingest, sources, timeout=self._options.timeout)
+            return self._hydrator
+
+    @cached_property
+    def presence(self) -> Presence:
+        """Which blobs are here, asked often."""
+        from store.presence import Presence
+
+        return Presence(self.index, self.blobs, self.cold)
+
+    @cached_property
+    def importer(self) -> Importer:
+        """Makes trees."""
+        from store.importing import Importer
+
+        trees = [source for source in self._remote if isinstance(source, TreeSource)]
+        return Importer(self.layout, self.index, self.blobs, self.hydrator, trees)
+
+    @cached_property
+    def collector(self) -> Collector:
+        """Removes what is not used."""
+        from store.gc import Collector
+
+        return Collector(self.layout, self.index, self.blobs, self.leases, self.cold, self.actions)
+
+    @cached_property
+    def demoter(self) -> Demoter:
+        """Moves what is not used for long to the cold tier."""
+        from store.demotion import Demoter
+
+        return Demoter(self.layout, self.index, self.blobs, self.leases, self.cold)
+
+    @cached_property
+    def verifier(self) -> Verifier:
+        """Hashes everything again."""
+        from store.verify import Verifier
+
+        return Verifier(self.index, self.blobs, self.cold, self.manifests, self.leases, self.importer)
 
     @classmethod
     def open(cls, root: Path, *, create: bool = True, sources: SourceOptions | None = None) -> Store:
@@ -85,9 +151,30 @@ class Store:
         """A session for adding blobs."""
         return Ingest(self.layout, self.index, self.blobs)
 
+    def limit(self, limits: Limits | None, note: Callable[[Collected], object] = lambda done: None) -> Space:
+        """Who is asked for space before something is written; to be closed before the store is.
+
+        `note` is told what each collection did.
+        """
+        from store.quota import Quota, Unlimited
+
+        if limits is None:
+            return Unlimited()
+        return Quota(self.layout, self.index, self.actions, self.collector, limits, note=note)
+
+    def uploads(self, space: Space, added: Callable[[Sequence[Digest]], None] = lambda digests: None) -> Uploads:
+        """The way in for many at once; to be closed before the store is. `added` is told what became durable."""
+        from store.uploads import Uploads
+
+        return Uploads(lambda: Ingest(self.layout, self.index, self.blobs, spares=False), space, added)
+
     def close(self) -> None:
         """Let go of all descriptors."""
-        self.hydrator.close()
+        if self._hydrator is not None:
+            self._hydrator.close()
+        for source in self._remote:
+            source.close()
+        self.actions.close()
         self.blobs.close()
         self.index.close()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,15 +21,24 @@ from pathlib import Path
 from store.errors import NoSpace, StoreUnusable
 from store.layout import Layout
 
+SKEW_SECONDS = 60
+"""So far apart two times may be without one of them being wrong: clocks are set, and machines share stores."""
+
 
 class Session:
     """A new directory in ``tmp/``, ours until `close`, which removes it with all that is still in it."""
 
-    def __init__(self, layout: Layout) -> None:
-        """Raises NoSpace, or StoreUnusable where nothing can be made there."""
+    def __init__(self, layout: Layout, *, spares: bool = True) -> None:
+        """Raises NoSpace, or StoreUnusable where nothing can be made there.
+
+        Without `spares` collections don't mind it: for a session that names
+        nothing but what it brings, and may live as long as a server does.
+        """
         with translated(layout, "beginning to add"):
             try:
-                self.directory, self._lock = make_locked_directory(layout.tmp, _new_name)
+                self.directory, self._lock = make_locked_directory(
+                    layout.tmp, _new_name if spares else _new_name_without_time
+                )
             except FileNotFoundError:
                 raise StoreUnusable(f"{layout.tmp} is missing: this is not a whole store") from None
 
@@ -66,7 +74,11 @@ def make_locked_directory(base: Path, new_name: Callable[[], str]) -> tuple[Path
 
 
 def _new_name() -> str:
-    return f"{time.time_ns()}-{secrets.token_hex(4)}"
+    return f"{time.time_ns()}-{os.urandom(4).hex()}"
+
+
+def _new_name_without_time() -> str:
+    return f"untimed-{_new_name()}"
 
 
 def living_sessions(layout: Layout, *, clean: bool) -> list[int]:
@@ -85,11 +97,22 @@ def living_sessions(layout: Layout, *, clean: bool) -> list[int]:
             if clean:
                 _remove(path)
         except BlockingIOError:
-            with suppress(ValueError):  # not ours
+            with suppress(ValueError):  # not ours, or one that spares nothing
                 began.append(int(path.name.partition("-")[0]))
         finally:
             os.close(lock)
     return began
+
+
+def spared_since(layout: Layout, now: int) -> int:
+    """What was used at this second or later may be named by a living session; what dead ones left is removed.
+
+    All in seconds since the epoch; the next second if there is no session. One
+    from the future began before the clock was set back: nobody knows when, so
+    it spares all.
+    """
+    began = [nanoseconds // 1_000_000_000 - SKEW_SECONDS for nanoseconds in living_sessions(layout, clean=True)]
+    return min((0 if second > now else second for second in began), default=now + 1)
 
 
 def _remove(path: Path) -> None:

@@ -53,8 +53,10 @@ class TreeBuilder:
         """Publish the messages and intern what was added."""
         self._ingest.flush()
         batch, self._batch, self._entries = self._batch, [], 0
-        if batch:
-            self._index.update(lambda change: intern_directories(change, batch))
+        with self._index.view() as view:
+            new = any(find_directory(view, digest) is None for digest, _ in batch)
+        if new:  # else nothing is written, and nobody waits for a sync
+            self._index.update(lambda change: intern_directories(change, batch), lasting=False)
 
     def finish(self, root: Digest) -> Directory:
         """Flush, and return what is known of the root."""

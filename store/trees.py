@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from store.digest import Digest, DigestFunction
 from store.entries import DirectoryEntry, Entry, FileEntry, ReferenceEntry, Stamp, SymlinkEntry
-from store.errors import BadTree
+from store.errors import BadTree, MissingTree
 from store.index import Change, Table, View
 
 WAYPOINT_EVERY = 16
@@ -82,6 +82,14 @@ def find_directory(view: View, digest: Digest) -> Directory | None:
     """The interned directory of that digest, or None."""
     value = view.get(Table.DIRECTORIES, digest.key)
     return None if value is None else _decode_summary(digest.key, value)
+
+
+def get_directory(view: View, digest: Digest) -> Directory:
+    """The interned directory of that digest. Raises MissingTree."""
+    directory = find_directory(view, digest)
+    if directory is None:
+        raise MissingTree(f"directory {digest} is not in the index; a collection may have taken it")
+    return directory
 
 
 def _decode_summary(key: bytes, value: bytes) -> Directory:
@@ -195,6 +203,22 @@ def find_entry(view: View, directory: int, name: bytes) -> Row | None:
         return None
     value = view.get(Table.ENTRIES, _ID.pack(directory) + name)
     return None if value is None else _decode_row(name, value)
+
+
+def find_along(view: View, directory: int, path: bytes) -> Iterator[Row]:
+    """The rows of the components of a path, from the first on, as far as they exist; no symbolic link is followed."""
+    for name in path.split(b"/"):
+        row = find_entry(view, directory, name) if directory else None
+        if row is None:
+            return
+        yield row
+        directory = row.id
+
+
+def find_path(view: View, directory: int, path: bytes) -> Row | None:
+    """The row of a whole path; None where it doesn't exist. No symbolic link is followed."""
+    rows = list(find_along(view, directory, path))
+    return rows[-1] if len(rows) == path.count(b"/") + 1 else None
 
 
 def entry_at(view: View, directory: int, offset: int) -> Row | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from store.blobs import BlobRow, Blobs, count_removal, is_known, pack_row, protect
+from store.blobs import BlobRow, Blobs, count_removal, delete_rows, forget_total, is_known, protect, put_rows
 from store.cold import ColdFile, ColdTier
 from store.digest import Digest, DigestFunction
 from store.errors import BadTree, CorruptBlob, NotFound, StoreUnusable
@@ -152,7 +152,7 @@ class Verifier:
             for digest, status in right:
                 if not is_known(change, digest) and self._blobs.is_same_file(digest, status):
                     row = BlobRow(digest.size, now, bool(status.st_mode & 0o100))
-                    change.put(Table.BLOBS, digest.key, pack_row(row))
+                    put_rows(change, [(digest.key, row)])
                     adopted += 1
             return adopted
 
@@ -190,10 +190,7 @@ class Verifier:
         lost = [key for key in keys if self._size_of(key) is None]
 
         def work(change: Change) -> None:
-            for key in lost:
-                change.delete(Table.BLOBS, key)
-            if lost:
-                count_removal(change)
+            delete_rows(change, lost)
 
         with self._blobs.removing():
             lost = [key for key in lost if self._size_of(key) is None]
@@ -226,4 +223,5 @@ class Verifier:
 def _clear(change: Change) -> None:
     for table in (Table.BLOBS, Table.STAMPS, Table.DIRECTORIES, Table.ENTRIES, Table.WAYPOINTS, Table.MANIFESTS):
         change.clear(table)
+    forget_total(change)
     count_removal(change)

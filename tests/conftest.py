@@ -329,7 +329,11 @@ def set_age(store: Store, digest: Digest, seconds: int) -> None:
 @pytest.fixture
 def sample_tree(tmp_path: Path) -> Path:
     """A directory with a bit of everything, the same every time: modes, times, bytes."""
-    top = tmp_path / "sample"
+    return make_sample_tree(tmp_path / "sample")
+
+
+def make_sample_tree(top: Path) -> Path:
+    """The sample tree, at a place that isn't there yet."""
     _write_sample_files(top)
     _write_sample_links(top)
     # From the leaves up: writing into a directory changes its time.

@@ -17,6 +17,11 @@ from tools.output import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from store.repository import SourceOptions
+    from tools.upstream.options import UpstreamOptions
+
+
+PREFETCH = ("none", "all", "profile")
+"""Which inputs a worker may fetch before an action starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +37,88 @@ class Settings:
     gc_grace: int = 3600
     gc_cold: int | None = None
     gc_cold_level: int = 3
+    run_keep_warm: int = 900
+    run_warm_memory: int | None = None
     source_directories: tuple[Path, ...] = ()
     source_timeout: int = 30
+    upstream_url: str | None = None
+    upstream_token: Path | None = None
+    upstream_tls_ca: Path | None = None
+    upstream_tls_certificate: Path | None = None
+    upstream_tls_key: Path | None = None
+    serve_listen: str = "127.0.0.1:8980"
+    serve_http_listen: str | None = None
+    serve_http_validate_ac: bool = False
+    serve_http_names: tuple[str, ...] = ()
+    serve_max_body: int = 16 << 30
+    serve_instances: tuple[str, ...] = ()
+    serve_processes: int = 1
+    serve_read_only: bool = False
+    serve_max_size: int | None = None
+    serve_grace: int = 60
+    serve_tls_certificate: Path | None = None
+    serve_tls_key: Path | None = None
+    serve_tls_client_ca: Path | None = None
+    serve_tokens: Path | None = None
+    serve_insecure: bool = False
+    serve_write_back: bool = False
+    serve_max_message: int = 16 << 20
+    serve_max_streams: int = 1000
+    serve_max_uploads: int = 256
+    serve_idle_timeout: int = 60
+    serve_drain_timeout: int = 20
+    serve_execute: bool = False
+    worker_buildgrid: str | None = None
+    worker_buildbarn: str | None = None
+    worker_name: str | None = None
+    worker_http_listen: str | None = None
+    worker_size_class: int = 0
+    worker_token: Path | None = None
+    worker_tls_ca: Path | None = None
+    worker_tls_certificate: Path | None = None
+    worker_tls_key: Path | None = None
+    worker_jobs: int = 0
+    worker_host_root: bool = False
+    worker_network: bool = False
+    worker_properties: tuple[str, ...] = ()
+    worker_timeout: int = 3600
+    worker_memory: int = 0
+    worker_processes: int = 4096
+    worker_scratch: Path | None = None
+    worker_engine: str = "auto"
+    worker_prefetch: str = "none"
+    worker_trace: Path | None = None
+    worker_action_log: Path | None = None
 
     @property
-    def sources(self) -> SourceOptions:
-        """Where missing blobs may come from."""
+    def local_sources(self) -> SourceOptions:
+        """Where missing blobs may come from, but for the upstream."""
         from store.repository import SourceOptions
 
         return SourceOptions(self.source_directories, self.source_timeout)
+
+    @property
+    def sources(self) -> SourceOptions:
+        """Where missing blobs may come from. Raises BadInput."""
+        upstream = self.upstream
+        return self.local_sources if upstream is None else upstream.as_source(self.local_sources)
+
+    @property
+    def upstream(self) -> UpstreamOptions | None:
+        """The remote cache to ask, if any. Raises BadInput."""
+        if self.upstream_url is None:
+            return None
+        from tools.upstream.options import UpstreamOptions
+
+        files = (self.upstream_token, self.upstream_tls_ca, self.upstream_tls_certificate, self.upstream_tls_key)
+        options = UpstreamOptions(self.upstream_url, *(None if file is None else str(file) for file in files))
+        options.check()
+        return options
+
+    @property
+    def source_labels(self) -> list[str]:
+        """What to call the sources in a message."""
+        return [*map(str, self.source_directories), *([self.upstream_url] if self.upstream_url else [])]
 
 
 def _text(value: Any) -> str:
@@ -77,34 +155,102 @@ def _timeout(value: Any) -> int:
     return seconds
 
 
-def _level(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 22:
-        raise BadInput("it is a number from 1 to 22")
+def _number(least: int, most: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise BadInput(f"it is a number from {least} to {most}")
+        return value
+
+    return read
+
+
+def _yes_or_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadInput("it is true or false")
     return value
+
+
+def _path(value: Any) -> Path:
+    path = Path(_text(value)).expanduser()
+    if not path.is_absolute():
+        raise BadInput(f"{path} is not an absolute path")
+    return path
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise BadInput('it is a list of texts, as in ["main"]')
+    return tuple(value)
 
 
 def _directories(value: Any) -> tuple[Path, ...]:
     if not isinstance(value, list):
         raise BadInput('it is a list of directories, as in ["/net/store"]')
-    paths = tuple(Path(_text(item)).expanduser() for item in value)
-    for path in paths:
-        if not path.is_absolute():
-            raise BadInput(f"{path} is not an absolute path")
-    return paths
+    return tuple(map(_path, value))
 
 
 KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "store": ("store", _text),
     "digest-function": ("digest_function", _one_of("blake3", "sha256")),
-    "mount.engine": ("engine", _one_of("auto", "passthrough", "fuse", "native")),
+    "mount.engine": ("engine", _one_of("auto", "kernel", "passthrough", "fuse", "native")),
     "checkout.mode": ("checkout_mode", _one_of("auto", "reflink", "hardlink", "copy")),
     "gc.high": ("gc_high", _size),
     "gc.low": ("gc_low", _size),
     "gc.grace": ("gc_grace", _duration),
     "gc.cold": ("gc_cold", _duration),
-    "gc.cold-level": ("gc_cold_level", _level),
+    "gc.cold-level": ("gc_cold_level", _number(1, 22)),
+    "run.keep-warm": ("run_keep_warm", _duration),
+    "run.warm-memory": ("run_warm_memory", _size),
     "sources.directories": ("source_directories", _directories),
     "sources.timeout": ("source_timeout", _timeout),
+    "sources.upstream": ("upstream_url", _text),
+    "sources.upstream-token": ("upstream_token", _path),
+    "sources.upstream-tls-ca": ("upstream_tls_ca", _path),
+    "sources.upstream-tls-certificate": ("upstream_tls_certificate", _path),
+    "sources.upstream-tls-key": ("upstream_tls_key", _path),
+    "serve.listen": ("serve_listen", _text),
+    "serve.http-listen": ("serve_http_listen", _text),
+    "serve.http-validate-ac": ("serve_http_validate_ac", _yes_or_no),
+    "serve.http-names": ("serve_http_names", _texts),
+    "serve.max-body": ("serve_max_body", _size),
+    "serve.instances": ("serve_instances", _texts),
+    "serve.processes": ("serve_processes", _number(1, 64)),
+    "serve.read-only": ("serve_read_only", _yes_or_no),
+    "serve.max-size": ("serve_max_size", _size),
+    "serve.grace": ("serve_grace", _duration),
+    "serve.tls-certificate": ("serve_tls_certificate", _path),
+    "serve.tls-key": ("serve_tls_key", _path),
+    "serve.tls-client-ca": ("serve_tls_client_ca", _path),
+    "serve.tokens": ("serve_tokens", _path),
+    "serve.insecure": ("serve_insecure", _yes_or_no),
+    "serve.write-back": ("serve_write_back", _yes_or_no),
+    "serve.max-message": ("serve_max_message", _size),
+    "serve.max-streams": ("serve_max_streams", _number(1, 1_000_000)),
+    "serve.max-uploads": ("serve_max_uploads", _number(1, 1_000_000)),
+    "serve.idle-timeout": ("serve_idle_timeout", _timeout),
+    "serve.drain-timeout": ("serve_drain_timeout", _duration),
+    "serve.execute": ("serve_execute", _yes_or_no),
+    "worker.buildgrid": ("worker_buildgrid", _text),
+    "worker.buildbarn": ("worker_buildbarn", _text),
+    "worker.name": ("worker_name", _text),
+    "worker.http-listen": ("worker_http_listen", _text),
+    "worker.size-class": ("worker_size_class", _number(0, (1 << 32) - 1)),
+    "worker.token": ("worker_token", _path),
+    "worker.tls-ca": ("worker_tls_ca", _path),
+    "worker.tls-certificate": ("worker_tls_certificate", _path),
+    "worker.tls-key": ("worker_tls_key", _path),
+    "worker.jobs": ("worker_jobs", _number(1, 1024)),
+    "worker.host-root": ("worker_host_root", _yes_or_no),
+    "worker.network": ("worker_network", _yes_or_no),
+    "worker.properties": ("worker_properties", _texts),
+    "worker.timeout": ("worker_timeout", _timeout),
+    "worker.memory": ("worker_memory", _size),
+    "worker.processes": ("worker_processes", _number(1, 1 << 22)),
+    "worker.scratch": ("worker_scratch", _path),
+    "worker.engine": ("worker_engine", _one_of("auto", "kernel", "passthrough", "native")),
+    "worker.prefetch": ("worker_prefetch", _one_of(*PREFETCH)),
+    "worker.trace": ("worker_trace", _path),
+    "worker.action-log": ("worker_action_log", _path),
 }
 """Each key of the file: the setting it stands for, and how its value is read."""
 

@@ -51,6 +51,8 @@ def _table() -> tuple[tuple[type[Exception], Exit], ...]:
         (store.NoSpace, Exit.STORE),
         (store.StoreUnusable, Exit.STORE),
         (store.StoreError, Exit.NO),
+        (casfs.BadChange, Exit.USAGE),
+        (casfs.BadTrace, Exit.USAGE),
         (casfs.NotMounted, Exit.NOT_FOUND),
         (casfs.MountError, Exit.MOUNT),
         (casfs.MissingCapability, Exit.MOUNT),

@@ -8,6 +8,7 @@ found by the hygiene of tests/conftest.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs import control, mounting, syscalls
+from casfs import control, mounting, mountpoint, syscalls
 from casfs.errors import Busy, CasfsError, MissingCapability, NotMounted
 from casfs.fusemount import attach, detach
 from casfs.mountinfo import list_mounts
@@ -78,7 +79,7 @@ class Mounted:
 
     def _try_unmount(self) -> bool:
         try:
-            mounting.unmount(self.path)
+            mountpoint.unmount(self.path)
         except Busy:
             return False
         return True
@@ -137,11 +138,14 @@ class Mounts:
         path = place or self.place()
         if path not in self._places:
             self._places.append(path)
-        return Mounted(path, mounting.start(self.root, root, path, engine=engine, name=name))
+        return Mounted(path, mounting.start(mounting.Request(self.root, root, path, name), engine=engine))
 
     def require(self, engine: str) -> None:
         """End the test, saying what is lacking, where this machine can't serve an engine."""
         self.requires.fuse()
+        if engine == "kernel":
+            self.requires.admin()
+            return
         try:
             mounting.choose_engine(engine, self.root)
         except MissingCapability as error:
@@ -179,12 +183,12 @@ def clear(path: Path) -> None:
     """Unmount whatever is at a place, over and over, lazily if it must be."""
     while any(mount.path == os.fsencode(path) for mount in list_mounts()):
         try:
-            mounting.unmount(path)
+            mountpoint.unmount(path)
         except CasfsError as error:
             if isinstance(error, NotMounted):
                 return
             with contextlib.suppress(CasfsError):
-                mounting.unmount(path, lazy=True)
+                mountpoint.unmount(path, lazy=True)
 
 
 def errno_from(call: Callable[[], object]) -> int:
@@ -239,7 +243,17 @@ def _mounts(factory: pytest.TempPathFactory, requires: Requirements) -> Iterator
         yield mounts
     finally:
         mounts.end()
+        # A daemon whose mount another one covered may still be writing its last line.
+        wait_until(lambda: _is_removed(base), "the directory to be let go")
+
+
+def _is_removed(base: Path) -> bool:
+    try:
         shutil.rmtree(base)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+    return not base.exists()
 
 
 @pytest.fixture(params=ENGINES)

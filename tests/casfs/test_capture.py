@@ -11,11 +11,13 @@ import pytest
 
 from casfs.capture import Captured, capture, check_output_paths
 from casfs.scratch import remove_tree
-from store.digest import DigestFunction
+from store.digest import Digest, DigestFunction
 from store.entries import DirectoryEntry, FileEntry, SymlinkEntry
 from store.errors import BadName
 from store.importing import ScanOptions
+from store.layout import blob_path
 from store.repository import Store
+from store.treebuilder import TreeBuilder
 from store.trees import find_directory, walk
 
 Capture = Callable[..., Captured]
@@ -26,16 +28,18 @@ def written(tmp_path: Path) -> Path:
     """An upper layer with nothing below it: so it is what the action saw, too."""
     path = tmp_path / "upper"
     path.mkdir()
-    (tmp_path / "lower").mkdir()
     return path
 
 
 @pytest.fixture
-def take(store: Store, written: Path, tmp_path: Path) -> Capture:
+def take(store: Store, written: Path) -> Capture:
     """Capture these paths of `written`."""
 
     def run(*paths: bytes, function: DigestFunction = DigestFunction.BLAKE3) -> Captured:
-        return capture(store, written, written, tmp_path / "lower", check_output_paths(paths), function)
+        with store.ingest() as ingest:
+            builder = TreeBuilder(store.index, ingest, function)
+            nothing = builder.finish(builder.add_directory([])).digest
+        return capture(store, written, written, nothing, check_output_paths(paths))
 
     return run
 
@@ -85,6 +89,41 @@ def test_a_file_becomes_the_blob_itself(store: Store, written: Path, take: Captu
     with open(store.blobs.open(output.digest), "rb") as blob:
         status = os.fstat(blob.fileno())
     assert (status.st_ino, status.st_mode & 0o7777) == (inode, 0o444)
+
+
+@pytest.fixture
+def inputs(store: Store, tmp_path: Path) -> Digest:
+    """A tree that an action had, in the store."""
+    place = tmp_path / "inputs"
+    (place / "d/e").mkdir(parents=True)
+    (place / "d/e/file").write_bytes(b"input")
+    (place / "run").write_bytes(b"program")
+    (place / "run").chmod(0o755)
+    return store.importer.from_directories([(b"", place)], ScanOptions()).digest
+
+
+def test_inputs_that_are_outputs_are_not_read(store: Store, written: Path, tmp_path: Path, inputs: Digest) -> None:
+    merged = tmp_path / "merged"
+    (merged / "d/e").mkdir(parents=True)
+    # No overlay would show that: whoever reads it is found out.
+    (merged / "d/e/file").write_bytes(b"read!")
+    (merged / "run").write_bytes(b"read!")
+    (written / "d").mkdir()
+
+    def digests() -> dict[bytes, Digest | None]:
+        return {one.path: one.digest for one in capture(store, written, merged, inputs, [b"d/e/file", b"run"]).outputs}
+
+    function = DigestFunction.BLAKE3
+    known = {b"d/e/file": function.of(b"input"), b"run": function.of(b"program")}
+    assert digests() == known
+    # What a directory shows that was moved, or made anew, may be from anywhere.
+    for name, value in (("opaque", b"y"), ("redirect", b"/elsewhere")):
+        os.setxattr(written / "d", f"user.overlay.{name}", value)
+        assert digests() == {**known, b"d/e/file": function.of(b"read!")}
+        os.removexattr(written / "d", f"user.overlay.{name}")
+    # One that isn't here has to be brought in by reading it.
+    (store.layout.blobs / blob_path(known[b"run"])).unlink()
+    assert digests() == {**known, b"run": function.of(b"read!")}
 
 
 def test_what_cannot_be_stored_is_named_and_the_rest_is_kept(written: Path, take: Capture) -> None:

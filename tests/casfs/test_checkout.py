@@ -14,7 +14,7 @@ from casfs.errors import CheckoutError, MissingCapability
 from casfs.tree import FIXED_MTIME_NS
 from store.digest import Digest
 from store.entries import FileEntry
-from store.errors import BadInput, MissingBlob, MissingManifest, StaleReference
+from store.errors import BadInput, MissingBlob, MissingTree, StaleReference
 from store.importing import ScanOptions
 from store.kernel import try_clone
 from store.layout import blob_path
@@ -180,7 +180,7 @@ def test_a_corrupt_blob_is_never_checked_out(store: Store, sample_tree: Path, tm
 
 
 def test_an_unknown_root_is_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(MissingManifest):
+    with pytest.raises(MissingTree):
         check_out(store, ScanOptions().function.of(b"nothing of ours"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

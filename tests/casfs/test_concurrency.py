@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from casfs import control, mounting
+from casfs import control, mounting, mountpoint
 from casfs.errors import BadMountPoint, Busy, MountError
 from casfs.mountinfo import find_mount
 from store.repository import Store
@@ -100,9 +100,9 @@ def cycle(mounts: Mounts, engine: str, rounds: int) -> None:
             code = 1
             try:
                 for _ in range(rounds):
-                    mounting.start(mounts.root, root, place, engine=engine)
+                    mounting.start(mounting.Request(mounts.root, root, place), engine=engine)
                     check_files(place, number)
-                    mounting.unmount(place)
+                    mountpoint.unmount(place)
                 code = 0
             finally:
                 os._exit(code)
@@ -133,7 +133,7 @@ def test_of_two_who_mount_on_one_place_one_gets_it(mounts: Mounts) -> None:
         if not child:
             code = 1
             try:
-                mounting.start(mounts.root, root, place, engine="native")
+                mounting.start(mounting.Request(mounts.root, root, place), engine="native")
                 code = 0
             except (BadMountPoint, MountError):
                 code = 2
@@ -166,9 +166,9 @@ def test_readers_survive_being_unmounted_under_them(mounts: Mounts, engine: str)
         reader.start()
     time.sleep(0.1)
     with suppress(Busy):
-        mounting.unmount(mounted.path)
+        mountpoint.unmount(mounted.path)
     if find_mount(str(mounted.path)):
-        mounting.unmount(mounted.path, lazy=True)
+        mountpoint.unmount(mounted.path, lazy=True)
     time.sleep(0.1)
     stop.set()
     for reader in readers:
@@ -176,7 +176,7 @@ def test_readers_survive_being_unmounted_under_them(mounts: Mounts, engine: str)
         assert not reader.is_alive()
     assert not wrong
     if engine != "kernel":
-        wait_until(lambda: not mounting._is_running(mounted.pid), "the daemon to end")
+        wait_until(lambda: not mountpoint.is_running(mounted.pid), "the daemon to end")
 
 
 def collect(mounts: Mounts) -> int:
@@ -196,7 +196,9 @@ def test_a_collection_takes_nothing_that_is_mounted(mounts: Mounts, engine: str)
     assert collect(mounts) >= 1
     assert not mounts.blob(b"nobody wants this").exists()
     check_files(mounted.path, 1)
+    daemon = mounted.report.pid
     mounted.unmount()
+    wait_until(lambda: daemon is None or not mountpoint.is_running(daemon), "the daemon to end")
     mounts.age()  # what was opened counts as used until the end of the mount
     assert collect(mounts) >= len(set(CONTENTS.values())) - 1
 
@@ -206,8 +208,8 @@ def test_the_lease_of_a_killed_daemon_holds_nothing(mounts: Mounts) -> None:
 
     mounted = mounts.mount(mounts.add_files(CONTENTS), "native")
     os.kill(mounted.pid, signal.SIGKILL)
-    wait_until(lambda: not mounting._is_running(mounted.pid), "the daemon to die")
-    mounting.unmount(mounted.path)
+    wait_until(lambda: not mountpoint.is_running(mounted.pid), "the daemon to die")
+    mountpoint.unmount(mounted.path)
     mounts.age()
     assert collect(mounts) >= len(set(CONTENTS.values())) - 1
     assert not list(mounts.layout.leases.iterdir())

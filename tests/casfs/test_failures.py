@@ -16,11 +16,11 @@ from typing import BinaryIO
 
 import pytest
 
-from casfs import control, mounting
-from casfs.errors import BadMountPoint, Busy, MissingCapability, MountError, NotMounted
+from casfs import control, mounting, mountpoint
+from casfs.errors import BadMountPoint, Busy, MissingCapability, NotMounted
 from casfs.mountinfo import find_mount
 from store.digest import Digest, DigestFunction
-from store.errors import StoreError
+from store.errors import MissingTree, StoreError
 from store.importing import ScanOptions
 from store.index import Table
 from store.repository import Store
@@ -228,14 +228,14 @@ DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 def kill(mounted: Mounted) -> None:
     os.kill(mounted.pid, signal.SIGKILL)
-    wait_until(lambda: not mounting._is_running(mounted.pid), "the daemon to die")
+    wait_until(lambda: not mountpoint.is_running(mounted.pid), "the daemon to die")
 
 
 def test_after_a_kill_no_client_hangs_and_unmount_clears_the_place(mounted: Mounted) -> None:
     kill(mounted)
     assert errno_from(lambda: os.listdir(mounted.path)) in DEAD
     assert errno_from(lambda: read(mounted.path / "other")) in DEAD
-    mounting.unmount(mounted.path)
+    mountpoint.unmount(mounted.path)
     assert find_mount(str(mounted.path)) is None
     assert os.listdir(mounted.path) == []
 
@@ -253,8 +253,8 @@ def test_after_a_kill_with_files_open_unmount_says_busy_and_lazy_helps(mounted: 
     with opened(mounted.path / "other"):
         kill(mounted)
         with pytest.raises(Busy, match="--lazy"):
-            mounting.unmount(mounted.path)
-        mounting.unmount(mounted.path, lazy=True)
+            mountpoint.unmount(mounted.path)
+        mountpoint.unmount(mounted.path, lazy=True)
     assert find_mount(str(mounted.path)) is None
 
 
@@ -304,7 +304,7 @@ def test_a_client_that_waits_for_a_daemon_gets_an_error_when_it_is_killed(mounte
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_daemon_told_to_end_unmounts(mounted: Mounted, mounts: Mounts, number: signal.Signals) -> None:
     os.kill(mounted.pid, number)
-    wait_until(lambda: not mounting._is_running(mounted.pid), "the daemon to end")
+    wait_until(lambda: not mountpoint.is_running(mounted.pid), "the daemon to end")
     assert find_mount(str(mounted.path)) is None
     assert f"unmounted {mounted.path}" in mounts.log()
     assert not list(mounts.layout.leases.iterdir()), "the lease is given back"
@@ -313,28 +313,28 @@ def test_a_daemon_told_to_end_unmounts(mounted: Mounted, mounts: Mounts, number:
 def test_a_daemon_told_to_end_serves_open_files_for_a_while_and_then_ends(
     mounts: Mounts, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounting, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(mountpoint, "GRACE_SECONDS", 0.5)
     mounted = mounts.mount(mounts.add_files(FILES), engine)
     with opened(mounted.path / "directory" / "file") as file:
         assert file.read(5) == CONTENT[:5]
         os.kill(mounted.pid, signal.SIGTERM)
         wait_until(lambda: find_mount(str(mounted.path)) is None, "the name to be gone")
         assert file.read(5) == CONTENT[5:10]
-        wait_until(lambda: not mounting._is_running(mounted.pid), "the daemon to end")
+        wait_until(lambda: not mountpoint.is_running(mounted.pid), "the daemon to end")
 
 
 def test_unmounting_waits_until_the_daemon_has_let_go(mounted: Mounted, mounts: Mounts) -> None:
-    mounting.unmount(mounted.path)
-    assert not mounting._is_running(mounted.pid)
+    mountpoint.unmount(mounted.path)
+    assert not mountpoint.is_running(mounted.pid)
     assert not list(mounts.layout.leases.iterdir())
     with pytest.raises(NotMounted):
-        mounting.unmount(mounted.path)
+        mountpoint.unmount(mounted.path)
 
 
 def test_a_busy_mount_is_not_unmounted_and_goes_on(mounted: Mounted) -> None:
     with open(mounted.path / "other", "rb", buffering=0) as file:
         with pytest.raises(Busy, match="fuser"):
-            mounting.unmount(mounted.path)
+            mountpoint.unmount(mounted.path)
         assert file.read() == b"other"
         assert read(mounted.path / "directory" / "file") == CONTENT
     mounted.unmount()
@@ -342,10 +342,10 @@ def test_a_busy_mount_is_not_unmounted_and_goes_on(mounted: Mounted) -> None:
 
 def test_a_lazy_unmount_of_a_busy_mount_lets_open_files_be_read_on(mounted: Mounted) -> None:
     with open(mounted.path / "directory" / "file", "rb", buffering=0) as file:
-        mounting.unmount(mounted.path, lazy=True)
+        mountpoint.unmount(mounted.path, lazy=True)
         assert os.listdir(mounted.path) == []
         assert file.read() == CONTENT
-    wait_until(lambda: not mounting._is_running(mounted.pid), "the daemon to end")
+    wait_until(lambda: not mountpoint.is_running(mounted.pid), "the daemon to end")
 
 
 # Places and requests that can't be mounted
@@ -358,10 +358,10 @@ def test_a_place_that_cannot_be_mounted_on_is_named(mounts: Mounts, tmp_path: Pa
     (tmp_path / "full" / "x").touch()
     for name, why in (("absent", "does not exist"), ("file", "not a directory"), ("full", "not empty")):
         with pytest.raises(BadMountPoint, match=why):
-            mounting.start(mounts.root, root, tmp_path / name)
+            mounting.start(mounting.Request(mounts.root, root, tmp_path / name))
     mounted = mounts.mount(root, "native")
     with pytest.raises(BadMountPoint, match="already"):
-        mounting.start(mounts.root, root, mounted.path)
+        mounting.start(mounting.Request(mounts.root, root, mounted.path))
     assert read(mounted.path / "other") == b"other"
 
 
@@ -369,10 +369,10 @@ def test_a_root_or_store_that_is_not_there_leaves_nothing_mounted(mounts: Mounts
     root = mounts.add_files(FILES)
     place = mounts.place()
     mounts.require(engine)
-    with pytest.raises(MountError, match="not in the index"):
-        mounting.start(mounts.root, Digest(root.function, bytes(32), 5), place, engine=engine)
+    with pytest.raises(MissingTree, match="not in the index"):
+        mounting.start(mounting.Request(mounts.root, Digest(root.function, bytes(32), 5), place), engine=engine)
     with pytest.raises((StoreError, MissingCapability)):
-        mounting.start(mounts.base / "nothing", root, place, engine=engine)
+        mounting.start(mounting.Request(mounts.base / "nothing", root, place), engine=engine)
     assert find_mount(str(place)) is None
     assert not list(mounts.layout.leases.iterdir())
 
@@ -385,4 +385,4 @@ def test_an_engine_that_does_not_exist_is_refused(mounts: Mounts) -> None:
 def test_unmounting_what_is_no_mount_of_ours_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent", Path("/proc")):
         with pytest.raises(NotMounted):
-            mounting.unmount(place)
+            mountpoint.unmount(place)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from casfs import control, kernel_engine, mounting, overlay
+from casfs import control, kernel_engine, mountpoint, overlay
 from casfs.errors import MissingCapability, MountError
 from casfs.mountinfo import find_mount
 from casfs.overlay import Family
 from casfs.tree import FIXED_MTIME_NS
-from store.errors import MissingBlob
 from store.importing import ScanOptions
 from store.repository import Store
-from tests.casfs.conftest import Mounts
+from tests.casfs.conftest import Mounts, errno_from, wait_until
 from tests.conftest import Requirements
 
 CONTENT = b"the bytes of a blob\n" * 300
@@ -28,7 +31,7 @@ def carrier(request: pytest.FixtureRequest, requires: Requirements, monkeypatch:
     """What the metadata layer is in; every test is made with both."""
     requires.admin()
     if request.param == "image":
-        monkeypatch.setattr(kernel_engine, "_TMPFS_NODES", 0)
+        monkeypatch.setattr(kernel_engine, "TMPFS_NODES", 0)
     return str(request.param)
 
 
@@ -55,6 +58,20 @@ def test_no_process_stays_behind_and_nothing_is_asked(mounts: Mounts) -> None:
     assert control.statistics(mounted.path)["upcalls"] == {"READ": 0}
 
 
+def test_the_socket_of_a_killed_daemon_is_not_taken_for_one_that_serves(
+    mounts: Mounts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device numbers are used again, and sockets are named by them."""
+    runtime = mounts.base / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("CASFS_RUNTIME_DIR", str(runtime))
+    for minor in range(1, 2000):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(runtime / f"0-{minor}.sock"))
+    mounted = mounts.mount(mounts.add_files(FILES), "kernel")
+    assert control.statistics(mounted.path)["why"] == "no process serves this mount"
+
+
 def test_the_mount_itself_holds_the_lease(mounts: Mounts) -> None:
     mounted = mounts.mount(mounts.add_files(FILES), "kernel")
     mounts.age()
@@ -77,13 +94,34 @@ def test_an_empty_file_needs_no_blob(mounts: Mounts) -> None:
     assert (mounted.path / "empty").read_bytes() == b""
 
 
-def test_a_missing_blob_is_refused_before_the_mount(mounts: Mounts) -> None:
+def test_with_a_blob_missing_somebody_is_behind_the_mount_who_ends_with_it(mounts: Mounts) -> None:
+    root = mounts.add_files(FILES)
+    kept = mounts.blob(CONTENT).rename(mounts.base / "kept")
+    mounted = mounts.mount(root, "kernel")
+    assert mounted.report.missing == 1
+    assert (mounted.path / "other").read_bytes() == b"other"
+    assert errno_from(lambda: os.open(mounted.path / "directory" / "file", os.O_RDONLY)) == errno.EIO
+    kept.rename(mounts.blob(CONTENT))
+    assert (mounted.path / "directory" / "file").read_bytes() == CONTENT
+    pid = mounted.pid
+    mounted.unmount()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the process to end")
+    assert mounts.leases() == 0
+
+
+def test_when_who_fetches_is_killed_what_is_here_goes_on_and_the_rest_is_an_error(mounts: Mounts) -> None:
     root = mounts.add_files(FILES)
     mounts.blob(CONTENT).unlink()
-    with pytest.raises(MissingBlob, match=r"1 of 2 blobs are not in .*--engine passthrough"):
-        mounts.mount(root, "kernel")
-    assert not casfs_mounts(mounts)
-    assert mounts.leases() == 0
+    mounted = mounts.mount(root, "kernel")
+    os.kill(mounted.pid, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{mounted.pid}").exists(), "the process to end")
+    assert (mounted.path / "other").read_bytes() == b"other"
+    assert errno_from(lambda: os.open(mounted.path / "directory" / "file", os.O_RDONLY)) in (
+        errno.ENOTCONN,
+        errno.ECONNABORTED,
+    )
+    assert mounts.leases() == 1, "the mount holds it"
+    mounted.unmount()
 
 
 def test_files_by_reference_are_refused_with_the_engine_that_can(mounts: Mounts, tmp_path: Path) -> None:
@@ -104,9 +142,8 @@ def test_a_blob_without_a_row_is_hashed_before_the_mount(mounts: Mounts) -> None
         from store.index import Table
 
         store.index.update(lambda change: change.clear(Table.BLOBS))
-    with pytest.raises(MissingBlob):
-        mounts.mount(root, "kernel")
-    assert not casfs_mounts(mounts)
+    mounted = mounts.mount(root, "kernel")
+    assert errno_from(lambda: os.open(mounted.path / "directory" / "file", os.O_RDONLY)) == errno.EIO
     assert [path.name for path in mounts.layout.quarantine.iterdir()]
 
 
@@ -115,9 +152,9 @@ def test_a_mount_that_would_serve_zeros_is_noticed(mounts: Mounts, monkeypatch: 
     root = mounts.add_files(FILES)
     real = overlay.stack
 
-    def mismatched(metadata: int, data: list[int], family: Family, source: str) -> int:
+    def mismatched(layers: list[int], data: list[int], family: Family, *rest: Any) -> int:
         other = Family.TRUSTED if family is Family.USER else Family.USER
-        return real(metadata, data, other, source)
+        return real(layers, data, other, *rest)
 
     monkeypatch.setattr(kernel_engine, "stack", mismatched)
     with pytest.raises(MountError):
@@ -135,10 +172,11 @@ def test_both_families_of_xattrs_show_the_tree(mounts: Mounts, monkeypatch: pyte
 
 
 def test_where_overlayfs_cannot_it_says_so(mounts: Mounts, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Family:
+    def fail(family: Family) -> bool:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(kernel_engine, "find_family", fail)
+    monkeypatch.setattr(overlay, "_serves", fail)
+    overlay.find_family.cache_clear()
     with pytest.raises(MissingCapability, match=r"data-only layers.*Invalid argument.*--engine passthrough"):
         mounts.mount(mounts.add_files(FILES), "kernel")
     assert mounts.leases() == 0
@@ -155,7 +193,7 @@ def test_it_is_found_by_its_source_and_unmounted_like_any_other(mounts: Mounts) 
     mounted = mounts.mount(mounts.add_files(FILES), "kernel")
     found = find_mount(str(mounted.path))
     assert found is not None and found.is_of_kernel_engine
-    mounting.unmount(mounted.path)
+    mountpoint.unmount(mounted.path)
     assert find_mount(str(mounted.path)) is None
 
 

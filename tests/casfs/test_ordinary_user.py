@@ -21,54 +21,32 @@ from typing import Any
 
 import pytest
 
-from casfs import control, mounting
+from casfs import control, mounting, mountpoint
 from casfs.doctor import examine
 from casfs.errors import CasfsError
 from casfs.mountinfo import find_mount
-from casfs.syscalls import CLONE_NEWNS, MS_PRIVATE, MS_REC, mount, unshare
+from casfs.syscalls import MS_BIND, mount
 from store.digest import Digest
 from store.importing import ScanOptions
 from store.repository import Store
 from tests.conftest import Requirements
+from tools.bench.ordinary_user import NOBODY, give_up_privilege, leave_namespace, make_reachable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NOBODY = 65534
 HOME = Path("/mnt")
 STORE = HOME / "store"
-_MS_BIND, _MS_MOVE = 4096, 8192
 CONTENT = b"what the file holds\n" * 5000
 
 
 def become_user(device_mode: int) -> None:
     """As root: leave everybody's mount namespace, arrange the new one, and give up all privilege."""
-    unshare(CLONE_NEWNS)
-    mount("none", "/", "", MS_REC | MS_PRIVATE, "")
-    mount("none", str(HOME), "tmpfs", 0, "mode=0777")
+    leave_namespace(HOME)
     make_reachable([Path(sys.prefix), Path(sys.base_prefix), REPOSITORY], HOME)
     if device_mode:
         os.mknod(HOME / "fuse", stat.S_IFCHR, os.makedev(10, 229))
         os.chmod(HOME / "fuse", device_mode)
-        mount(str(HOME / "fuse"), "/dev/fuse", "", _MS_BIND, "")
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-
-
-def make_reachable(paths: list[Path], scratch: Path) -> None:
-    """Directories that others may not pass are replaced by ones with nothing but what is needed below them."""
-    hidden: dict[Path, list[tuple[Path, Path]]] = {}
-    for number, path in enumerate(paths):
-        closed = next((above for above in reversed(path.parents) if not above.stat().st_mode & 0o001), None)
-        if closed is not None and not any(path.is_relative_to(other) for pair in hidden.values() for other, _ in pair):
-            kept = scratch / f"kept{number}"
-            kept.mkdir()
-            mount(str(path), str(kept), "", _MS_BIND | MS_REC, "")
-            hidden.setdefault(closed, []).append((path, kept))
-    for closed, kept_paths in hidden.items():
-        mount("none", str(closed), "tmpfs", 0, "mode=0755")
-        for path, kept in kept_paths:
-            path.mkdir(parents=True)
-            mount(str(kept), str(path), "", _MS_MOVE, "")
+        mount(str(HOME / "fuse"), "/dev/fuse", "", MS_BIND, "")
+    give_up_privilege()
 
 
 def run_as_user(job: Callable[..., Any], *arguments: object, device_mode: int = 0o666, path: str | None = None) -> Any:
@@ -124,9 +102,9 @@ def add() -> Digest:
 
 def wait_gone(pid: int) -> None:
     deadline = time.monotonic() + 10
-    while mounting._is_running(pid) and time.monotonic() < deadline:
+    while mountpoint.is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not mounting._is_running(pid)
+    assert not mountpoint.is_running(pid)
 
 
 def use(engine: str, end: str) -> dict[str, Any]:
@@ -134,7 +112,7 @@ def use(engine: str, end: str) -> dict[str, Any]:
     place = HOME / "place"
     place.mkdir()
     root = add()
-    report = mounting.start(STORE, root, place, engine=engine)
+    report = mounting.start(mounting.Request(STORE, root, place), engine=engine)
     flags = os.statvfs(place).f_flag
     seen = {
         "engine": report.engine,
@@ -147,18 +125,18 @@ def use(engine: str, end: str) -> dict[str, Any]:
     }
     assert report.pid is not None
     if end == "umount":
-        mounting.unmount(place)
+        mountpoint.unmount(place)
     elif end == "SIGTERM":
         os.kill(report.pid, signal.SIGTERM)
     elif end == "SIGKILL":
         os.kill(report.pid, signal.SIGKILL)
         wait_gone(report.pid)
-        report = mounting.start(STORE, root, place, engine=engine)
+        report = mounting.start(mounting.Request(STORE, root, place), engine=engine)
         assert report.pid is not None
         seen["same"] = seen["same"] and (place / "file").read_bytes() == CONTENT
         os.kill(report.pid, signal.SIGKILL)
         wait_gone(report.pid)
-        mounting.unmount(place)
+        mountpoint.unmount(place)
     assert report.pid is not None
     wait_gone(report.pid)
     seen["mounted"] = find_mount(str(place)) is not None
@@ -170,7 +148,7 @@ def try_to_mount(engine: str, place: str) -> str:
     root = add()
     (HOME / "place").mkdir()
     try:
-        mounting.start(STORE, root, Path(place), engine=engine)
+        mounting.start(mounting.Request(STORE, root, Path(place)), engine=engine)
     except CasfsError as error:
         return f"{type(error).__name__}: {error}"
     return "mounted"
@@ -273,11 +251,11 @@ def test_a_mount_made_by_root_can_be_read_by_a_user(tmp_path_factory: pytest.Tem
         with Store.open(base / "store") as store:
             root = store.importer.from_directories([(b"", base / "source")], ScanOptions()).digest
         for engine in ("auto", "native", "fuse"):
-            mounting.start(base / "store", root, base / "place", engine=engine)
+            mounting.start(mounting.Request(base / "store", root, base / "place"), engine=engine)
             try:
                 assert run_as_user(stay_out, str(base / "place")) == 0
             finally:
-                mounting.unmount(base / "place")
+                mountpoint.unmount(base / "place")
         assert run_as_user(stay_out, str(tmp_path_factory.getbasetemp())) == errno.EACCES, "else nothing is shown"
     finally:
         subprocess.run(["rm", "-rf", "--one-file-system", base], check=True)

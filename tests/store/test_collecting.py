@@ -18,7 +18,9 @@ from store.importing import ScanOptions
 from store.index import Table
 from store.layout import blob_path
 from store.repository import Store
+from store.sessions import SKEW_SECONDS, Session
 from store.trees import Directory, find_directory
+from store.unfinished import UNFINISHED_SECONDS
 from tests.conftest import set_age
 
 BLAKE3 = DigestFunction.BLAKE3
@@ -155,6 +157,93 @@ def test_files_without_rows_are_collected_too(store: Store) -> None:
     store.index.update(lambda change: change.delete(Table.BLOBS, digest.key))
     assert _collect(store).removed_blobs == 1
     assert list(store.blobs.files()) == []
+
+
+# Clocks that are set back: what was stamped before lies in the future
+
+
+@pytest.mark.parametrize("only_its_file", [False, True])
+def test_what_was_used_in_the_future_goes_neither_at_once_nor_never(
+    store: Store, monkeypatch: pytest.MonkeyPatch, only_its_file: bool
+) -> None:
+    digests = [_add(store, number, age=-100_000 - number) for number in range(5)]
+    if only_its_file:
+        for number, digest in enumerate(digests):
+            set_age(store, digest, 100_000)
+            later = time.time() + 100_000 + number
+            os.utime(store.layout.blobs / blob_path(digest), (later, later))
+    action = DigestFunction.SHA256.of(b"an action").key
+    store.actions.write(action, b"r" * SIZE)
+    store.actions.touch(action, time.time() + 100_000)
+    assert _collect(store, grace=60).removed_blobs == 0
+    assert _collect(store, grace=60).removed_blobs == 0
+    # What is written now is newer than all of that.
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 50)
+    new = _add(store, 9, age=0)
+    monkeypatch.setattr(time, "time", lambda: now + 100)
+    assert _collect(store, grace=60).removed_blobs == 6, "their age has begun to run"
+    assert store.blobs.missing([*digests, new]) == digests
+    assert store.actions.read(action) is None
+
+
+def test_a_dry_run_sets_nothing_back(store: Store) -> None:
+    digest = _add(store, 1, age=-100_000)
+    path = store.layout.blobs / blob_path(digest)
+    before = path.stat().st_mtime
+    _collect(store, dry_run=True)
+    assert path.stat().st_mtime == before > time.time() + SKEW_SECONDS
+
+
+def test_a_session_that_began_in_the_future_spares_everything(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = _add(store, 1, age=100_000)
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 10**14)
+    session = Session(store.layout)
+    monkeypatch.undo()
+    try:
+        assert _collect(store).removed_blobs == 0
+    finally:
+        session.close()
+    assert _collect(store).removed_blobs == 1
+    assert not store.blobs.has(old)
+
+
+def test_the_lease_of_a_living_holder_holds_whatever_the_clock_says(store: Store, tmp_path: Path) -> None:
+    tree = _tree(store, tmp_path / "tree")
+    with store.leases.acquire("mount", [tree.digest], "a test"):
+        for ahead in (-(10**6), 10**6):
+            for digest in _in(store):
+                set_age(store, digest, ahead)
+            assert _collect(store, grace=0).removed_blobs == 0
+        assert [lease.roots for lease in store.leases.living()] == [(tree.digest,)]
+
+
+def _in(store: Store) -> list[Digest]:
+    with store.index.view() as view:
+        return [Digest.from_key(key, 0) for key, _ in view.scan(Table.BLOBS)]
+
+
+# What Bazel leaves in its disk cache when it is killed
+
+
+def test_unfinished_files_of_a_killed_bazel_go_after_some_hours(store: Store) -> None:
+    def make(name: str, age: int) -> Path:
+        path = store.layout.blobs / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+        return path
+
+    uuid = "11f6fb5a-17d9-41fd-8bb4-d7bf0caba47"
+    old = [make(f"{place}{uuid}{number}", UNFINISHED_SECONDS + 60) for place in ("", "tmp/") for number in range(2)]
+    young = [make(f"{place}{uuid}a", UNFINISHED_SECONDS - 60) for place in ("", "tmp/")]
+    others = [make(name, 10**6) for name in ("README", "tmp/other", "gc/lock")]
+    store.collector.collect(1 << 30, 0, dry_run=True)
+    assert all(path.exists() for path in old)
+    store.collector.collect(1 << 30, 0)
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in young + others)
 
 
 # Verification

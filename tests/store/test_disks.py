@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from casfs.checkout import Mode, check_out
 from store import kernel
 from store.digest import DigestFunction
 from store.errors import NoSpace, StoreError
@@ -87,6 +88,18 @@ def test_blobs_share_the_blocks_of_the_files_they_came_from(cloning_disk: Path) 
             assert _is_shared(blob), f"{name} bytes were copied"
             path.write_bytes(b"changed afterwards")
             assert blob.read_bytes() == data
+
+
+@pytest.mark.parametrize(("mode", "shared"), [(Mode.REFLINK, True), (Mode.AUTO, True), (Mode.COPY, False)])
+def test_a_checkout_shares_blocks_unless_it_shall_copy(cloning_disk: Path, mode: Mode, shared: bool) -> None:
+    with Store.open(cloning_disk / "store") as store:
+        (cloning_disk / "tree").mkdir()
+        (cloning_disk / "tree/file").write_bytes(os.urandom(300_000))
+        root = store.importer.from_directories([(b"", cloning_disk / "tree")], ScanOptions()).digest
+        (cloning_disk / "tree/file").unlink()
+        done = check_out(store, root, cloning_disk / "out", mode=mode)
+    assert done.files == 1 and done.copied == (0 if shared else 1)
+    assert _is_shared(cloning_disk / "out/file") is shared
 
 
 def test_where_files_cannot_be_cloned_they_are_copied(tmp_path: Path, store: Store) -> None:

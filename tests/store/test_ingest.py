@@ -184,13 +184,14 @@ def test_a_full_disk_at_any_step_of_a_flush_changes_nothing(
 
     renamed: list[str] = []
 
-    def rename_one(source: str, target: str) -> None:
+    def rename_one(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        assert dst_dir_fd == store.blobs.directory
         if renamed:
             full()
         (store.layout.blobs / target).parent.mkdir(parents=True, exist_ok=True)
         renamed.append(source)
-        os.link(source, target)
-        os.unlink(source)
+        os.link(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        os.unlink(source, dir_fd=src_dir_fd)
 
     ingest = store.ingest()
     for number in range(blobs):

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from store.digest import Digest, DigestFunction
-from store.entries import Entry, FileEntry, ReferenceEntry, Stamp, SymlinkEntry
+from store.entries import Entry, FileEntry, ReferenceEntry, Stamp, SymlinkEntry, path_order
 from store.errors import BadManifest
 from store.importing import ScanOptions
 from store.index import Table
-from store.manifest_text import format_manifest, parse_header, parse_manifest, path_order, quote, unquote
+from store.manifest_text import format_manifest, parse_header, parse_manifest, quote, unquote
 from store.repository import Store
 from store.trees import export_items
 

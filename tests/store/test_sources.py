@@ -296,3 +296,60 @@ def test_a_tree_is_made_from_directory_messages_of_a_source(tmp_path: Path, samp
         missing = find_absent(store, mine)
         assert missing and not prefetch(store, missing).failed
         assert store.manifests.count_missing(tree.digest) == 0
+
+
+class FakeBatchSource(FakeSource):
+    """A source that is asked for many; it remembers how many at a time."""
+
+    most_together = 50
+    most_bytes = 1000
+
+    def __init__(self, label: str, contents: dict[Digest, bytes]) -> None:
+        super().__init__(label, contents)
+        self.rounds: list[list[Digest]] = []
+
+    def open_all(self, digests: Sequence[Digest]) -> Sequence[Supply | Exception | None]:
+        self.rounds.append(list(digests))
+        assert self.free.wait(SECONDS)
+        if self.error is not None:
+            raise self.error
+        return [
+            OSError("this one can't be read") if self.contents.get(digest) == b"" else self._supply(digest)
+            for digest in digests
+        ]
+
+    def _supply(self, digest: Digest) -> Supply | None:
+        content = self.contents.get(digest)
+        return None if content is None else Supply(io.BytesIO(content), False)
+
+
+def test_a_source_for_many_is_asked_for_all_that_waits(make: Make) -> None:
+    contents = {BLAKE3.of(b"%d" % number): b"%d" % number for number in range(200)}
+    source = FakeBatchSource("batch", contents)
+    source.free.clear()
+    hydrator = make(source)
+    futures = [hydrator.fetch(digest) for digest in contents]
+    deadline = time.monotonic() + SECONDS
+    while len(source.rounds) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)  # until those who look here first have found nothing, and all the rest waits for the source
+    source.free.set()
+    for future in futures:
+        future.result(SECONDS)
+    assert sum(map(len, source.rounds)) == 200
+    assert max(map(len, source.rounds)) <= source.most_together
+    assert len(source.rounds) <= 4 + 200 // source.most_together
+
+
+def test_a_round_has_bounded_bytes_and_each_blob_an_answer_of_its_own(make: Make) -> None:
+    contents = {BLAKE3.of(b"%d" % number * 300): b"%d" % number * 300 for number in range(10, 50)}
+    broken, gone = BLAKE3.of(b"broken"), BLAKE3.of(b"gone")
+    source = FakeBatchSource("batch", contents | {broken: b""})
+    hydrator = make(source)
+    futures = {digest: hydrator.fetch(digest) for digest in [*contents, broken, gone]}
+    for digest in contents:
+        futures[digest].result(SECONDS)
+    for digest, why in ((broken, "can't be read"), (gone, "nor in any")):
+        with pytest.raises(MissingBlob, match=why):
+            futures[digest].result(SECONDS)
+    assert all(sum(digest.size for digest in asked) < 1000 + 600 for asked in source.rounds)

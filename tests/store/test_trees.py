@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from store.compare import compare_trees
 from store.digest import DigestFunction
-from store.entries import DirectoryEntry, Entry, FileEntry
+from store.entries import DirectoryEntry, Entry, FileEntry, path_order
 from store.importing import ScanOptions
 from store.index import View
-from store.manifest_text import path_order
 from store.repository import Store
 from store.treebuilder import TreeBuilder
 from store.trees import WAYPOINT_EVERY, Directory, Row, entry_at, find_directory, find_entry, list_entries, walk

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from casfs.mountinfo import list_mounts
+from casfs.mountinfo import FUSE_TYPE, list_mounts
 from casfs.syscalls import MNT_DETACH, has_admin_capability, umount
 from tests.conftest import Requirements
 
@@ -173,6 +173,10 @@ class Namespace:
         # unshare(1) makes mounts private after it has made the namespace, and is sleep after that.
         wait_until(lambda: Path(f"/proc/{self._holder.pid}/comm").read_text() == "sleep\n")
         self._id = os.readlink(self._name)
+        # Copies of the mounts of tests that run beside this one: their daemons would live as long as this.
+        for mount in reversed(list_mounts()):
+            if mount.kind == FUSE_TYPE:
+                subprocess.run([*self.prefix, "umount", "--lazy", mount.path], check=False, stderr=subprocess.DEVNULL)
 
     @property
     def prefix(self) -> tuple[str, ...]:

@@ -16,17 +16,20 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.conftest import Requirements, find_mounts
+from tests.conftest import Requirements, find_mounts, find_processes
+from tools.bench.buildbox import get_buildbox_fuse
+from tools.bench.load import get_generator
 from tools.bench.measuring import Outcome, Settings, alternate
 from tools.bench.picture import as_svg
 from tools.bench.report import as_json, as_markdown
 from tools.bench.scenarios import MODULES
+from tools.bench.workers import Refused
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "tools.bench", "--quick"]
 
-pytestmark = pytest.mark.timeout(300)
-"""The run of everything waits for disks (sync), which others may keep busy; it takes 20 seconds where nobody does."""
+pytestmark = [pytest.mark.timeout(960), pytest.mark.long]
+"""The run of everything waits for disks (sync), which others may keep busy; it takes some minutes where nobody does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, requires: Requirements) ->
     """One run of everything, a process as people start it."""
     requires.admin()
     requires.fuse()
-    requires.programs("g++", "gcc", "pkg-config", "b3sum", "xargs")
+    requires.programs("g++", "gcc", "pkg-config", "b3sum", "xargs", "busybox", "bwrap", "zstd", "bazel")
     scratch, output = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("output")
     command = [*COMMAND, "--write", "--output", str(output), "--scratch", str(scratch)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return Results(
         json.loads((output / "benchmarks.json").read_text()),
@@ -157,6 +160,140 @@ def test_upcalls_are_measured_beside_the_examples_of_libfuse(results: Results) -
     assert measures["OPEN to RELEASE, wall", "passthrough"]["upcalls"] == {"answers": 2}
     assert measures["OPEN to RELEASE, wall", "passthrough_ll"]["upcalls"] == {"answers": 3}, "a FLUSH too"
     assert measures["OPEN, READ, wall", "passthrough"]["upcalls"] == {"answers": 2}
+
+
+def test_an_action_is_measured_by_every_way_to_lay_out_its_inputs(results: Results) -> None:
+    measures = results.measures("actions")
+    labels = {what.partition(":")[0] for what, _ in measures}
+    assert len(labels) == 3
+    for label in labels:
+        sides = {side for what, side in measures if what == f"{label}: whole"}
+        ours = {"passthrough", "native", "kernel", "kernel, ordinary user"}
+        assert sides - {"buildbox-fuse"} == {"hard links", "symbolic links", "copy", *ours}
+        for side in ours:
+            assert (f"{label}: set-up, nothing known", side) in measures
+        for side in ("kernel", "kernel, ordinary user"):
+            assert measures[f"{label}: first read", side]["upcalls"] == {}, "the kernel answers by itself"
+        files = int(label.split()[0].replace(",", ""))
+        assert measures[f"{label}: first read", "passthrough"]["upcalls"]["all"] > 500 and files > 500
+        assert (f"{label}: yardstick", "74 bare entries and an overlay") in measures
+
+
+def test_sandboxes_are_measured_by_part_and_leave_nothing_open(results: Results) -> None:
+    measures = results.measures("sandboxes")
+    for part in ("open", "run", "capture", "close", "overhead"):
+        assert {side for what, side in measures if what == part} == {"kernel", "kernel, ordinary user"}
+    assert {side for what, side in measures if what == "sandboxes"} == {"one thread", "two threads", "two processes"}
+    for what in ("descriptors", "mounts"):
+        assert measures[what, "last quarter"]["median"] == measures[what, "first quarter"]["median"]
+
+
+def test_the_parts_of_casfs_run_are_its_whole_time(results: Results) -> None:
+    measures = results.measures("run")
+    parts = {side: measure["median"] for (what, side), measure in measures.items() if what == "by part"}
+    assert {"interpreter", "imports", "open sandbox", "run sandbox", "the rest", "end"} <= parts.keys()
+    assert all(milliseconds > 0 for milliseconds in parts.values())
+    for what in ("warm", "cold"):
+        assert {"bwrap", "casfs run"} == {side for name, side in measures if name == what}
+
+
+def test_a_capture_is_measured_without_its_hashing(results: Results) -> None:
+    measures = results.measures("capture")
+    for what in ("hashing alone", "capture, less hashing", "disk taken by the capture"):
+        assert {"4 MiB", "64 MiB"} == {side for name, side in measures if name == what}
+
+
+def test_the_cold_tier_is_measured_beside_zstd(results: Results) -> None:
+    sides = {side for _, side in results.measures("cold")}
+    assert {"zstd -d, a process a file", "zstd -d, one process", "casfs prefetch", "open, one at a time"} <= sides
+
+
+def test_clones_are_measured_beside_projection_where_they_can_be_made(results: Results) -> None:
+    measures = results.measures("clones")
+    links = {"reflink", "hardlink"}
+    for place, refused in (("btrfs", set()), ("XFS", {"snapshot"}), ("two volumes", links)):
+        sides = {side for what, side in measures if what == f"{place}: second action, set-up"}
+        assert sides == {"kernel", "passthrough", "snapshot", "copy", *links} - refused
+    notes = results.value["scenarios"]["clones"]["notes"]
+    assert len([note for note in notes if "is refused" in note]) == len(links)
+
+
+@pytest.mark.long
+def test_bazel_rebuilds_out_of_the_server_and_out_of_its_disk_cache(results: Results) -> None:
+    measures = results.measures("bazel")
+    assert measures["CPU of the server", "disk cache"]["median"] == 0
+    assert all(measures["rebuild", side]["median"] > 0 for side in ("gRPC", "gRPC, minimal", "disk cache"))
+
+
+def test_remote_execution_is_measured_beside_bazels_own_sandbox_and_none(results: Results) -> None:
+    measures = results.measures("execution")
+    shapes = {what.partition(":")[0] for what, _ in measures}
+    assert len(shapes) == 2
+    for shape in shapes:
+        sides = {side for what, side in measures if what == f"{shape}: wall"}
+        assert sides == {"casfs", "linux-sandbox", "no sandbox"}
+        assert {side for what, side in measures if what == f"{shape}: an action on the worker"} == {
+            "fetch",
+            "run",
+            "upload",
+        }
+        assert measures[f"{shape}: upcalls of all actions", "casfs"]["median"] == 0
+
+
+def test_local_sandboxes_are_measured_beside_symbolic_links_and_none(results: Results) -> None:
+    measures = results.measures("sandboxfs")
+    walls = [what for what, side in measures if what.endswith(": wall") and side == "casfs"]
+    assert len(walls) == 2
+    for what in walls:
+        assert {side for name, side in measures if name == what} == {"casfs", "linux-sandbox", "no sandbox"}
+    assert {side for what, side in measures if what.endswith("mappings, each")} == {"first", "second", "later"}
+
+
+def test_a_server_starts_with_an_index_of_any_size(results: Results) -> None:
+    measures = results.measures("server")
+    assert measures["start of the server", "10,000 blobs"]["median"] > 0
+
+
+def test_calls_are_measured_beside_a_server_that_does_nothing(results: Results, requires: Requirements) -> None:
+    try:
+        get_generator()
+    except Refused as error:
+        requires.lacking(str(error))
+    calls = [what for what, side in results.measures("server") if side == "bare grpcio" and what.endswith("in flight")]
+    assert len(calls) == 18
+    assert all(results.measures("server")[what, "casfs"]["median"] > 0 for what in calls)
+
+
+def test_downloads_are_measured_beside_nginx(results: Results, requires: Requirements) -> None:
+    requires.programs("wrk", "nginx")
+    measures = results.measures("http")
+    what = [f"GET {size}, {number} in flight" for size in ("64 KiB", "1 MiB", "4 MiB") for number in (1, 32)]
+    assert all(measures[name, side]["median"] > 0 for name in what for side in ("casfs", "nginx"))
+
+
+def test_buildbox_fuse_lays_out_the_same_action(tmp_path: Path, requires: Requirements) -> None:
+    """Needs the package index, as the benchmark does."""
+    requires.admin()
+    requires.fuse()
+    requires.programs("g++")
+    try:
+        program = get_buildbox_fuse(tmp_path, install=True)
+    except Refused as error:
+        pytest.skip(str(error))
+    done = subprocess.run(
+        [*COMMAND, "actions", "--scratch", str(tmp_path), "--json", str(tmp_path / "found.json")],
+        cwd=REPOSITORY,
+        env=os.environ | {"PATH": f"{os.environ['PATH']}:{program.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["scenarios"]["actions"]
+    # That it shows the same bytes as the host is checked by the scenario.
+    assert len([m for m in found["measures"] if m["side"] == "buildbox-fuse" and m["what"].endswith("whole")]) == 3
+    assert any("buildbox-fuse 1." in note for note in found["notes"])
 
 
 def test_the_picture_shows_every_engine(results: Results) -> None:
@@ -270,4 +407,33 @@ def test_ctrl_c_while_something_is_mounted_leaves_nothing(tmp_path: Path, requir
     assert process.returncode == 128 + signal.SIGINT
     assert "Traceback" not in err
     assert not find_mounts(os.fsencode(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_workers_measure_ends_them_all(tmp_path: Path, requires: Requirements) -> None:
+    """They are in sessions of their own, and their mounts in namespaces of their own."""
+    requires.admin()
+    requires.programs("g++")
+    process = subprocess.Popen(
+        [*COMMAND, "actions", "--scratch", str(tmp_path)],
+        cwd=REPOSITORY,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/actions/shape-0/root-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        assert find_processes(os.fsencode(tmp_path))
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in err
+    assert not find_processes(os.fsencode(tmp_path))
     assert not list(tmp_path.iterdir())

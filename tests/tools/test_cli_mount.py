@@ -42,7 +42,7 @@ def test_a_mount_shows_the_tree_until_it_is_unmounted(
 
 def test_reads_through_passthrough_make_no_read_upcall(named: Casfs, mountpoint: Path, requires: Requirements) -> None:
     requires.admin()
-    report = named.ok("mount", "m", mountpoint, "--json").json
+    report = named.ok("mount", "m", mountpoint, "--engine", "passthrough", "--json").json
     assert set(report) == {"mountpoint", "engine", "why", "root", "missing", "pid"}
     assert (report["mountpoint"], report["engine"], report["missing"]) == (str(mountpoint), "passthrough", 0)
     assert (mountpoint / "same.h").read_text() == "#define A 1\n"
@@ -188,7 +188,7 @@ def kill_daemon(casfs: Casfs, mountpoint: Path) -> None:
 
 
 def test_umount_clears_what_a_killed_daemon_left(named: Casfs, mountpoint: Path) -> None:
-    named.ok("mount", "m", mountpoint)
+    named.ok("mount", "--engine", "native", "m", mountpoint)
     kill_daemon(named, mountpoint)
     assert "umount" in named.fails(Exit.MOUNT, "stats", mountpoint)
     named.ok("umount", mountpoint)
@@ -196,8 +196,28 @@ def test_umount_clears_what_a_killed_daemon_left(named: Casfs, mountpoint: Path)
     assert named.ok("stats", "--json").json["leases"] == []
 
 
+def test_umount_says_when_another_namespace_keeps_the_daemon(
+    named: Casfs, mountpoint: Path, requires: Requirements
+) -> None:
+    requires.admin()
+    requires.programs("unshare")
+    named.ok("mount", "--engine", "native", "m", mountpoint)
+    pid = named.ok("stats", mountpoint, "--json").json["pid"]
+    other = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sleep", "infinity"])
+    try:
+        wait_until(lambda: Path(f"/proc/{other.pid}/comm").read_text() == "sleep\n")
+        said = named.ok("umount", mountpoint).out
+        assert "another mount namespace" in said and f"kill {pid}" in said
+        assert find_mount(str(mountpoint)) is None
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_the_next_mount_clears_what_a_killed_daemon_left(named: Casfs, mountpoint: Path) -> None:
-    named.ok("mount", "m", mountpoint)
+    named.ok("mount", "--engine", "native", "m", mountpoint)
     kill_daemon(named, mountpoint)
     named.ok("mount", "m", mountpoint)
     assert (mountpoint / "same.h").read_text() == "#define A 1\n"

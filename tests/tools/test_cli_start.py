@@ -21,6 +21,8 @@ from tools.main import make_parser
 
 HEAVY = (
     "lmdb",
+    "grpc",
+    "google.protobuf",
     "blake3",
     "zstandard",
     "trio",

@@ -57,7 +57,7 @@ def test_what_an_ordinary_user_may_not_says_what_would_help(named: Casfs, namesp
     # A mount of root's: to be seen, not to be taken away.
     root = Casfs(tmp_path).within(namespace)
     root.ok("manifest", "create", "m", tmp_path / "tree")
-    root.ok("mount", "m", foreign)
+    root.ok("mount", "--engine", "native", "m", foreign)
     for verb in ("stats", "umount"):
         assert str(foreign) in named.fails(Exit.MOUNT, verb, foreign)
     assert "same.h" in as_user(named, "ls", str(foreign))

@@ -18,11 +18,11 @@ from tools.bench import picture, report
 from tools.bench.machine import describe
 from tools.bench.measuring import Settings
 from tools.bench.running import run_apart
-from tools.bench.scenarios import MODULES, load
+from tools.bench.scenarios import GROUPS, MODULES, load
 from tools.bench.scratch import ending_on_signals, scratch_directory
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
-_MARKDOWN, _JSON, _PICTURE = "BENCHMARKS.md", "benchmarks.json", "benchmarks.svg"
+_PICTURE = "benchmarks.svg"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         machine = describe(scratch)
         results = {}
         failed = []
-        for name in options.scenario or list(MODULES):
+        for name in options.scenario or (GROUPS[options.group] if options.group else list(MODULES)):
             place = scratch / name
             place.mkdir()
             began = time.monotonic()
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = report.as_markdown(machine, command, results)
     value = report.as_json(machine, command, results)
     if options.write and not failed:
-        _write(options.output, text, value)
+        _write(options.output, options.group, text, value)
     else:
         print(text, end="")
     if options.json:
@@ -59,9 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _write(directory: Path, text: str, value: dict[str, Any]) -> None:
-    (directory / _MARKDOWN).write_text(text)
-    (directory / _JSON).write_text(_dump(value))
+def _write(directory: Path, group: str | None, text: str, value: dict[str, Any]) -> None:
+    # The first group has the plain name, as all together have.
+    suffix = f"-{group}" if group and group != next(iter(GROUPS)) else ""
+    (directory / f"BENCHMARKS{suffix.upper()}.md").write_text(text)
+    (directory / f"benchmarks{suffix}.json").write_text(_dump(value))
     drawn = picture.as_svg(value)
     if drawn is not None:
         (directory / _PICTURE).write_text(drawn)
@@ -83,8 +85,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--write",
         action="store_true",
-        help=f"write {_MARKDOWN}, {_JSON} and {_PICTURE} in place of printing the tables; with all scenarios",
+        help="write BENCHMARKS.md, benchmarks.json and the picture in place of printing the tables; of all "
+        "scenarios, or with --group of those (then the files have its name)",
     )
+    parser.add_argument("--group", choices=GROUPS, help="measure these scenarios")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", default=_REPOSITORY, help="where --write writes (default: the repository)"
     )
@@ -95,9 +99,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.scenario if name not in MODULES]
     if unknown:
         parser.error(f"there is no scenario {unknown[0]!r}: choose from {', '.join(MODULES)}")
-    if options.write and options.scenario:
+    if options.scenario and (options.write or options.group):
         # The files say "one run", and would lose the other scenarios.
-        parser.error("--write takes all scenarios; --json FILE writes a part")
+        parser.error("--write takes all scenarios or a --group of them; --json FILE writes a part")
     if options.repeat is not None and options.repeat < 1:
         parser.error("--repeat takes a number from 1 on")
     return options
@@ -105,6 +109,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _command(options: argparse.Namespace) -> str:
     words = ["python -m tools.bench", *options.scenario]
+    if options.group:
+        words.append(f"--group {options.group}")
     if options.quick:
         words.append("--quick")
     if options.repeat:

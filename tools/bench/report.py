@@ -18,6 +18,7 @@ _LEGEND = (
     "- **passthrough**: our own session, the kernel reads the blobs itself",
     "- **native**: our own session without passthrough: reads go through the daemon",
     "- **fuse**: the pyfuse3 session, for ordinary users",
+    "- **kernel**: metadata layers and overlayfs, no process behind; as root unless it says *ordinary user*",
 )
 
 

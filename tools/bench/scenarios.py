@@ -16,8 +16,29 @@ MODULES = {
     "ingest": "ingesting",
     "polling": "polling",
     "upcall": "upcalls",
+    "actions": "actions",
+    "sandboxes": "sandboxes",
+    "run": "running_commands",
+    "capture": "capturing",
+    "cold": "cold_tier",
+    "clones": "clones",
+    "server": "server",
+    "http": "server_http",
+    "bazel": "bazel_rebuild",
+    "execution": "remote_execution",
+    "server-memory": "server_memory",
+    "sandboxfs": "local_sandboxes",
 }
 """Name on the command line → module in this package."""
+
+GROUPS = {
+    "mounts": ("compile", "files", "bigfile", "million", "ingest", "polling", "upcall"),
+    "sandboxes": ("actions", "sandboxes", "run", "capture", "cold", "clones"),
+    "execution": ("execution",),
+    "sandboxfs": ("sandboxfs",),
+    "server": ("server", "http", "bazel"),
+}
+"""What is measured in one run and written down together: each takes a quarter of an hour or more."""
 
 
 class Scenario(NamedTuple):

@@ -22,9 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from casfs import control, mounting
+from casfs import control, mounting, mountpoint
 from casfs.errors import CasfsError
 from casfs.mountinfo import find_mount
 from store.digest import Digest
@@ -200,14 +200,20 @@ def observe(mounted: Mounted | None, work: Callable[[], object]) -> Sample:
 def mounted_tree(store: Path, root: Digest, place: Path, engine: str, name: str | None = None) -> Iterator[Mounted]:
     """The tree, mounted at `place` (made if missing) as long as the context lasts."""
     place.mkdir(exist_ok=True)
+    why, daemon = "", None
+    if engine == "auto":  # of those with a daemon: it is what is looked at
+        engine, why = mounting.choose_engine(engine, store)
     try:
         with _ender.held():
-            report = mounting.start(store, root, place, engine=engine, name=name)
-        if report.pid is None:
+            report = mounting.start(mounting.Request(store, root, place, name), engine=engine)
+            daemon = report.pid
+        if daemon is None:
             raise RuntimeError(f"engine {report.engine} has no daemon to measure")
-        yield Mounted(place, report.engine, report.why, report.pid)
+        yield Mounted(place, report.engine, why or report.why, daemon)
     finally:
         unmount(place)
+        if daemon is not None:
+            _end(daemon)
 
 
 def unmount(place: Path) -> None:
@@ -216,13 +222,24 @@ def unmount(place: Path) -> None:
     if mounted is None or not mounted.is_casfs:
         return
     try:
-        mounting.unmount(place)
+        mountpoint.unmount(place)
     except CasfsError:
         with suppress(CasfsError):
-            mounting.unmount(place, lazy=True)
+            mountpoint.unmount(place, lazy=True)
 
 
-def stop(process: subprocess.Popen[bytes], seconds: float = 5.0) -> None:
+def _end(daemon: int) -> None:
+    """Have the daemon of what was unmounted end, though a mount namespace made meanwhile may have a copy of the mount.
+
+    It would serve that one, and write to its store, which is about to be removed.
+    """
+    if not wait_ended(daemon, 0):
+        with suppress(ProcessLookupError):
+            os.kill(daemon, signal.SIGTERM)
+        wait_ended(daemon)
+
+
+def stop(process: subprocess.Popen[Any], seconds: float = 5.0) -> None:
     """Wait for a process of ours to end, and end it if it doesn't."""
     try:
         process.wait(seconds)

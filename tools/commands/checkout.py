@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=[mode.value for mode in Mode],
-        help="reflink shares blocks (btrfs, XFS), hardlink makes read-only names of the blobs, copy copies, "
+        help="reflink shares blocks (btrfs, XFS), hardlink makes read-only names of the blobs, copy shares nothing, "
         "auto is reflink where possible, else copy (default: the configuration's, else auto)",
     )
     keys = "{directories, files, symlinks, bytes, reflinked, hardlinked, copied}"

@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from store.prefetch import Prefetched, Progress, prefetch_tree
 from store.repository import Store
 from tools.commands._resolve import Root, add_manifest_argument, get_root
+from tools.commands._upstream import add_upstream_arguments, apply_upstream
 from tools.config import Settings
 from tools.exits import Exit
 from tools.output import count, format_size, print_json, progress, warn
 
 EXAMPLES = """
 casfs prefetch headers                # from the cold tier, and from the configured sources
+casfs prefetch sha256:… --upstream grpcs://cache.example/main
 casfs prefetch headers --json | jq .failed
 """
 
@@ -23,6 +25,7 @@ _NAMED_MOST = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs prefetch`` takes."""
     add_manifest_argument(parser)
+    add_upstream_arguments(parser)
     parser.add_argument(
         "--json", action="store_true", help="print {root, fetched_blobs, fetched_bytes, failed: {digest: why, …}}"
     )
@@ -30,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Fetch; exits with 1 if something didn't come."""
-    with Store.open(settings.store, create=False, sources=settings.sources) as store:
+    settings = apply_upstream(args, settings)
+    with Store.open(settings.store, create=settings.upstream_url is not None, sources=settings.sources) as store:
         root = get_root(store, args.manifest)
         result = fetch_missing(store, root, "casfs prefetch", quiet=args.json)
     if args.json:

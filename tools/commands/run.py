@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from casfs.capture import Captured, Output
+from casfs.holder import WORTH_NODES, HolderOptions, find_holder, start_holder
 from casfs.projection import ENGINES
-from casfs.sandbox import Finished, Sandbox, enter_namespace
+from casfs.sandbox import Finished, Sandbox, Sandboxes, enter_namespace
+from store.digest import Digest
 from store.entries import printable
 from store.errors import BadInput
 from store.manifests import check_manifest_name
 from store.repository import Store
 from tools.commands import complete
 from tools.commands._resolve import add_manifest_argument, get_root
+from tools.commands._trace import add_trace_argument
+from tools.commands._upstream import add_upstream_arguments, apply_upstream
 from tools.config import Settings
 from tools.exits import Exit
 from tools.output import count, print_json, warn
@@ -25,6 +29,7 @@ EXAMPLES = """
 casfs run src --host-root --output a.o -- cc -c a.c -o a.o   # the compiler is the host's
 casfs run image --output out -- ./busybox sh build.sh        # the command is in the tree
 casfs run src --host-root --output out --save built -- make  # the outputs become a manifest
+casfs run src --trace t --host-root -- make                  # then: casfs trace report t
 """
 
 TIMED_OUT = 124
@@ -34,6 +39,7 @@ TIMED_OUT = 124
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs run`` takes."""
     add_manifest_argument(parser)
+    add_upstream_arguments(parser)
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --, and its arguments")
     parser.add_argument(
         "--output",
@@ -56,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scratch", metavar="DIR", help="where it writes (default: beside the blobs, so that nothing is copied)"
     )
     complete(scratch, "directory")
+    add_trace_argument(parser)
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="what shows the tree (default: auto)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say why that engine was chosen")
     parser.add_argument(
@@ -65,20 +72,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Open a sandbox, run the command, keep its outputs, say what came of it."""
+    settings = apply_upstream(args, settings)
     environment = dict(map(_variable, args.env))
     directory = _directory(args.chdir)
     if args.save:
         check_manifest_name(args.save)
-    enter_namespace()
-    with Store.open(settings.store, create=False, sources=settings.sources) as store:
+    # Before the store is opened: a process with threads can't change its user namespace.
+    holder = None
+    if args.engine in ("auto", "kernel") and settings.run_keep_warm and args.trace is None:
+        holder = find_holder(settings.store, _upstream(settings))
+    if holder is not None:
+        holder.enter()
+    else:
+        enter_namespace()
+    with Store.open(settings.store, create=settings.upstream_url is not None, sources=settings.sources) as store:
         root = get_root(store, args.manifest).directory.digest
-        with Sandbox.open(
-            store,
-            root,
-            outputs=map(os.fsencode, args.output),
-            scratch=Path(args.scratch) if args.scratch else None,
-            engine=args.engine,
-        ) as sandbox:
+        scratch = Path(args.scratch) if args.scratch else None
+        with (
+            Sandboxes(store, scratch=scratch, engine=args.engine, layouts=holder) as sandboxes,
+            sandboxes.open(root, outputs=map(os.fsencode, args.output), trace=args.trace) as sandbox,
+        ):
             sys.stdout.flush()
             finished = sandbox.run(
                 args.command,
@@ -96,12 +109,40 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
         if captured is not None and args.save:
             store.manifests.put(args.save, captured.root, f"run {args.manifest}", replace=True)
         report = _report(finished, captured, sandbox, upcalls)
+        if holder is None and sandbox.projection.laid_out >= WORTH_NODES and settings.run_keep_warm:
+            _start_holder(root, settings)
     if args.json:
         print_json(report)
     elif captured is not None:
         _print(captured, report, args)
     missing = captured is not None and captured.missing
     return finished.code or (Exit.NO if missing else Exit.OK)
+
+
+def _upstream(settings: Settings) -> str:
+    """As a holder is told it."""
+    if settings.upstream_url is None:
+        return ""
+    from tools.upstream.options import dump_upstream
+
+    return dump_upstream(settings.upstream)
+
+
+def _start_holder(root: Digest, settings: Settings) -> None:
+    """So that the next command on this tree, or one like it, finds its layers ready."""
+    sources = settings.sources
+    start_holder(
+        HolderOptions(
+            str(settings.store),
+            settings.run_keep_warm,
+            settings.run_warm_memory or 0,
+            tuple(map(str, sources.directories)),
+            sources.timeout,
+            str(root),
+            _upstream(settings),
+        ),
+        "tools.holder",
+    )
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -121,7 +162,7 @@ def _warn(args: argparse.Namespace, finished: Finished, captured: Captured | Non
     if finished.timed_out:
         warn(f"the command took longer than {args.timeout:g} s and was ended; its outputs are not kept")
     if finished.disk_full:
-        warn(f"the scratch disk of {sandbox.scratch.directory.parent} is full: --scratch names another place")
+        warn(f"the scratch disk of {sandbox.scratch.base} is full: --scratch names another place")
     if captured is None:
         return
     for path in captured.missing:
@@ -131,7 +172,7 @@ def _warn(args: argparse.Namespace, finished: Finished, captured: Captured | Non
 
 
 def _report(finished: Finished, captured: Captured | None, sandbox: Sandbox, upcalls: int) -> dict[str, Any]:
-    captured = captured or Captured(sandbox.root)
+    captured = captured or Captured(root=sandbox.root)
     return {
         "exit_code": finished.code,
         "timed_out": finished.timed_out,
@@ -140,6 +181,7 @@ def _report(finished: Finished, captured: Captured | None, sandbox: Sandbox, upc
         "engine": sandbox.projection.engine,
         "why": sandbox.projection.why,
         "upcalls": upcalls,
+        "laid_out": sandbox.projection.laid_out,
         "root": None if finished.timed_out else str(captured.root),
         "outputs": [_describe(output) for output in captured.outputs],
         "missing": [os.fsdecode(path) for path in captured.missing],
@@ -167,7 +209,8 @@ def _print(captured: Captured, report: dict[str, Any], args: argparse.Namespace)
     for word, paths in (("deleted", captured.deleted), ("not an output", captured.unexpected)):
         for path in paths:
             print(f"{word}: {os.fsdecode(path)}", file=sys.stderr)
-    why = f": {report['why']}" if args.verbose else ""
+    lacking = args.engine == "auto" and report["engine"] != "kernel" and args.trace is None
+    why = f": {report['why']}" if args.verbose or lacking else ""
     print(
         f"exit code {report['exit_code']}, {report['seconds']:.3f} s, {count(report['upcalls'], 'upcall')} "
         f"(engine {report['engine']}{why})",

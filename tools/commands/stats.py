@@ -6,10 +6,12 @@ import argparse
 import os
 import shutil
 from collections import Counter
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from casfs.control import statistics
+from casfs.errors import MountError
 from store.blobs import unpack_row
 from store.digest import DigestFunction
 from store.index import Table
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 def _print_mount(found: dict[str, Any]) -> None:
     upcalls: dict[str, int] = found["upcalls"]
     rows: list[tuple[str, object]] = [("engine", f"{found['engine']}: {found['why']}")]
-    if found["engine"] != "kernel":
+    if "pid" in found:
         rows.append(("root", found["root"]))
         rows.append(("daemon", _describe_daemon(found)))
         rows.append(("served", f"{format_size(found['served_bytes'])} read by the daemon for the kernel"))
@@ -106,7 +108,20 @@ def collect_store_statistics(store: Store) -> dict[str, Any]:
         "adding_sessions": len(living_sessions(store.layout, clean=False)),
         "quarantined": len(os.listdir(store.layout.quarantine)),
         "disk_free_bytes": shutil.disk_usage(store.layout.root).free,
+        "warm": _ask_holder(store),
     }
+
+
+def _ask_holder(store: Store) -> dict[str, int] | None:
+    """What the process that `casfs run` left behind keeps of this store, if there is one."""
+    from casfs.holder import find_holder
+
+    holder = find_holder(store.layout.root)
+    if holder is None:
+        return None
+    with closing(holder), suppress(MountError):
+        return {"pid": holder.pid, **holder.statistics()}
+    return None
 
 
 def _count_by_function(store: Store) -> tuple[Counter[str], Counter[str]]:
@@ -143,5 +158,9 @@ def _print_store(numbers: dict[str, Any]) -> None:
         rows.append(("being added", count(numbers["adding_sessions"], "session")))
     if numbers["quarantined"]:
         rows.append(("quarantine", f"{count(numbers['quarantined'], 'file')} whose bytes were wrong"))
+    if numbers["warm"]:
+        warm = numbers["warm"]
+        taken = f"{format_size(warm['bytes'])} of at most {format_size(warm['budget'])}"
+        rows.append(("kept warm", f"{count(warm['layers'], 'layer')} in {taken}, by process {warm['pid']}"))
     rows += [("in use", f"{lease['kind']} {lease['holder']}") for lease in numbers["leases"]]
     print_table(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from casfs.mounting import unmount
+from casfs.mountpoint import unmount
 from tools.commands import complete
 from tools.config import Settings
 
@@ -28,5 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, settings: Settings) -> int:
     """Unmount each, in the order given."""
     for directory in args.directories:
-        unmount(Path(directory), lazy=args.lazy)
+        daemon = unmount(Path(directory), lazy=args.lazy)
+        if daemon is not None:
+            print(
+                f"{directory} is unmounted here; another mount namespace (a container, a sandbox) still has it, "
+                f"and process {daemon} goes on serving that. 'kill {daemon}' ends it"
+            )
     return 0

@@ -1,0 +1,200 @@
+"""Blobs from many clients at once: streamed to disk, published in groups.
+
+A blob that was acknowledged is durable, and that costs syncs. So whoever has
+finished a blob waits for the *committer*, one thread that publishes all that
+was finished meanwhile with one flush: while it syncs one group, the next one
+gathers. One client alone waits for its own sync and for nothing else.
+
+    upload = uploads.begin(digest)      space is reserved; NoSpace if there is none
+    upload = uploads.begin_hashed(hash) where neither function nor size are known: space as it grows
+    upload.write(data)                  hashed, written; in pieces of any size
+    upload.finish()                     durable when it returns; DigestMismatch if it isn't what was said
+
+Two uploads of one blob both run, as neither can know whether the other's
+client will get to its end; one of them is published.
+
+Threads may share `Uploads`; an `Upload` is used by one at a time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+
+from store.digest import Digest
+from store.errors import NoSpace, StoreError, StoreUnusable
+from store.ingest import Ingest
+from store.quota import Reservation, Space
+from store.writer import Claim, Exactly, Hashed, Writer
+
+_WRITERS = 2
+"""Threads that write batches at a time. Each call lets go of the interpreter, and all that wait would fight for it."""
+
+
+class Upload:
+    """A blob on its way in. Ends with `finish` or `discard`."""
+
+    def __init__(self, uploads: Uploads, writer: Writer, reservation: Reservation) -> None:
+        self._uploads = uploads
+        self._writer = writer
+        self._reservation = reservation
+
+    @property
+    def size(self) -> int:
+        """Bytes taken so far."""
+        return self._writer.size
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take the next bytes. Raises DigestMismatch where there are too many, NoSpace; then discard it."""
+        self._writer.write(data)
+
+    def finish(self) -> Digest:
+        """That was all; returns when the blob is durable. Raises DigestMismatch, NoSpace; nothing is kept then."""
+        with self._reservation:
+            digest = self._writer.finish()
+            self._uploads.commit()
+        self._uploads.added([digest])
+        return digest
+
+    def discard(self) -> None:
+        """Forget what was taken; harmless when repeated."""
+        self._writer.discard()
+        self._reservation.release()
+
+
+class _Growing(Upload):
+    """One of which nobody said how large it gets."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take the next bytes, when there is room for them."""
+        self._reservation.cover(self._writer.size + len(data))
+        super().write(data)
+
+
+class Uploads:
+    """The way in for many at once, into one store."""
+
+    def __init__(
+        self,
+        make_ingest: Callable[[], Ingest],
+        space: Space,
+        added: Callable[[Sequence[Digest]], None] = lambda digests: None,
+    ) -> None:
+        """`added` is told which blobs have become durable, by the thread that brought them."""
+        self.added = added
+        self._make_ingest = make_ingest
+        self._space = space
+        self._waiting: queue.SimpleQueue[Future[None] | None] = queue.SimpleQueue()
+        self._writing = threading.Semaphore(_WRITERS)
+        self._lock = threading.Lock()
+        # Under `_lock`:
+        self._ingest: Ingest | None = None
+        self._committer: threading.Thread | None = None
+        self._closed = False
+
+    def begin(self, digest: Digest) -> Upload:
+        """Begin a blob. Waits while room is made for it; raises NoSpace where that doesn't help."""
+        return self._begin(Upload, Exactly(digest), digest.size)
+
+    def begin_hashed(self, hash_: bytes, size: int = 0) -> Upload:
+        """Begin a blob with that hash, by whichever function; `size`: as far as it is known.
+
+        Its writes wait for room where there are more bytes than that.
+        """
+        return self._begin(_Growing, Hashed(hash_, size), size)
+
+    def _begin(self, kind: type[Upload], claim: Claim, size: int) -> Upload:
+        reservation = self._space.reserve(size)
+        try:
+            return kind(self, self._session().begin(claim), reservation)
+        except BaseException:
+            reservation.release()
+            raise
+
+    def add_all(self, blobs: Sequence[tuple[Digest, bytes]]) -> list[StoreError | None]:
+        """Add blobs that are in memory; says of each why it was refused, or None: it is durable."""
+        with ExitStack() as stack:
+            results = self._reserve_all([len(data) for _, data in blobs], stack)
+            if None not in results:
+                return results
+            try:
+                roomy = [number for number, refused in enumerate(results) if refused is None]
+                with self._writing:
+                    written = self._session().add_all([blobs[n] for n in roomy])
+                for number, refused in zip(roomy, written, strict=True):
+                    results[number] = refused
+                self.commit()
+            except StoreError as error:
+                results = [result or error for result in results]
+        self.added([digest for (digest, _), result in zip(blobs, results, strict=True) if result is None])
+        return results
+
+    def _reserve_all(self, sizes: Sequence[int], stack: ExitStack) -> list[StoreError | None]:
+        """Reserve space until the stack unwinds: for all at once, or else for each that there is room for."""
+        try:
+            stack.enter_context(self._space.reserve(sum(sizes)))
+            return [None] * len(sizes)
+        except NoSpace as error:
+            if len(sizes) == 1:
+                return [error]
+        return [refused for size in sizes for refused in self._reserve_all([size], stack)]
+
+    def commit(self) -> None:
+        """Returns when all that this thread has finished is durable. Raises NoSpace or StoreUnusable."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self._closed:
+                raise StoreUnusable("the store is being closed")
+            if self._committer is None:
+                self._committer = threading.Thread(target=self._run, name="commit", daemon=True)
+                self._committer.start()
+            self._waiting.put(future)
+        future.result()
+
+    def _session(self) -> Ingest:
+        with self._lock:
+            if self._closed:
+                raise StoreUnusable("the store is being closed")
+            if self._ingest is None:
+                self._ingest = self._make_ingest()
+            return self._ingest
+
+    def _run(self) -> None:
+        while True:
+            group = [self._waiting.get()]
+            while not self._waiting.empty():
+                group.append(self._waiting.get())
+            waiting = [future for future in group if future is not None]
+            if waiting:
+                self._commit(waiting)
+            if len(waiting) < len(group):
+                return
+
+    def _commit(self, waiting: Sequence[Future[None]]) -> None:
+        try:
+            with self._lock:
+                ingest = self._ingest
+            if ingest is not None:
+                ingest.flush()
+        except Exception as error:  # noqa: BLE001 - told to whoever waits
+            for future in waiting:
+                future.set_exception(error)
+        else:
+            for future in waiting:
+                future.set_result(None)
+
+    def close(self) -> None:
+        """Publish what waits, discard what isn't finished; harmless when repeated."""
+        with self._lock:
+            self._closed = True
+            committer, self._committer = self._committer, None
+        if committer is not None:
+            self._waiting.put(None)
+            committer.join()
+        with self._lock:
+            ingest, self._ingest = self._ingest, None
+        if ingest is not None:
+            ingest.close()

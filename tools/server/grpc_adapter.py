@@ -1,0 +1,287 @@
+"""The services over gRPC: grpcio's asyncio server, and nothing that a service needs to know.
+
+One event loop takes all calls. What a service can answer at once it answers
+there; what waits for a disk (WouldWait), or is long, goes to a pool of threads.
+So a slow client, an open upload or a broken connection holds no thread.
+
+Messages are taken as bytes and parsed here, so that what is no message is the
+client's error (INVALID_ARGUMENT) and not ours. The C library sets TCP_NODELAY on
+every connection by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from store.presence import WouldWait
+from tools.reapi import methods
+from tools.reapi.generated import bytestream_pb2 as bytestream
+from tools.reapi.methods import Method
+from tools.server.access import Access, right_for
+from tools.server.execution import Executions
+from tools.server.scheduler import Execution
+from tools.server.services import Services
+from tools.server.status import as_status
+from tools.server.waiting import FETCH_THREADS, Waiting
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_DETAILS = "grpc-status-details-bin"
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Wrap = Callable[[Method, Handler], Handler]
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcLimits:
+    """What one client can take: bytes of a message and of its headers, streams of a connection, seconds of silence."""
+
+    message_bytes: int = 16 << 20
+    header_bytes: int = 16 << 10
+    streams: int = 1000
+    idle_seconds: float = 60.0
+
+    def options(self) -> Sequence[tuple[str, int]]:
+        """As the C library takes them."""
+        return (
+            ("grpc.max_receive_message_length", self.message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", self.header_bytes),
+            ("grpc.max_concurrent_streams", self.streams),
+            # A connection whose other end is gone without a word is noticed.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.so_reuseport", 1),
+        )
+
+
+class GrpcAdapter:
+    """Registers services with a server; made and used in the loop's thread."""
+
+    def __init__(self, services: Services, access: Access, limits: GrpcLimits) -> None:
+        self._access = access
+        self._waiting = Waiting(limits.idle_seconds)
+        self._fetching = Waiting(limits.idle_seconds, FETCH_THREADS)
+        self._services = services
+        cas, actions, stream = services.cas, services.actions, services.bytestream
+        self._handlers: dict[Method, Handler] = {
+            methods.GET_CAPABILITIES: self._quick(
+                methods.GET_CAPABILITIES, lambda request, may_wait: services.capabilities.get(request)
+            ),
+            methods.GET_ACTION_RESULT: self._quick(
+                methods.GET_ACTION_RESULT, lambda request, may_wait: actions.get(request, may_wait=may_wait)
+            ),
+            methods.UPDATE_ACTION_RESULT: self._slow(methods.UPDATE_ACTION_RESULT, actions.update),
+            methods.FIND_MISSING_BLOBS: self._quick(
+                methods.FIND_MISSING_BLOBS, lambda raw, may_wait: cas.find_missing(raw, may_wait=may_wait), read=bytes
+            ),
+            methods.BATCH_READ_BLOBS: self._quick(
+                methods.BATCH_READ_BLOBS, lambda request, may_wait: cas.batch_read(request, may_wait=may_wait)
+            ),
+            methods.BATCH_UPDATE_BLOBS: self._slow(methods.BATCH_UPDATE_BLOBS, cas.batch_update),
+            methods.GET_TREE: self._messages(methods.GET_TREE, cas.get_tree),
+            methods.SPLIT_BLOB: self._slow(methods.SPLIT_BLOB, cas.split),
+            methods.SPLICE_BLOB: self._slow(methods.SPLICE_BLOB, cas.splice),
+            methods.READ: grpc.unary_stream_rpc_method_handler(self._read),
+            methods.WRITE: grpc.stream_unary_rpc_method_handler(self._write),
+            methods.QUERY_WRITE_STATUS: self._slow(methods.QUERY_WRITE_STATUS, stream.query_write_status),
+        }
+        if services.executions is not None:
+            self._handlers |= self._executing(services.executions)
+
+    def _executing(self, executions: Executions) -> dict[Method, Handler]:
+        return {
+            methods.EXECUTE: self._watched(
+                methods.EXECUTE, lambda request, may_wait: executions.execute(request, may_wait=may_wait)
+            ),
+            methods.WAIT_EXECUTION: self._watched(
+                methods.WAIT_EXECUTION, lambda request, may_wait: executions.wait(request)
+            ),
+            methods.GET_OPERATION: self._quick(
+                methods.GET_OPERATION, lambda request, may_wait: executions.get(request)
+            ),
+            methods.LIST_OPERATIONS: self._slow(methods.LIST_OPERATIONS, executions.list),
+            methods.CANCEL_OPERATION: self._quick(
+                methods.CANCEL_OPERATION, lambda request, may_wait: executions.cancel(request)
+            ),
+        }
+
+    @property
+    def methods(self) -> list[Method]:
+        """What is served."""
+        return list(self._handlers)
+
+    def register(self, server: grpc.aio.Server, wrap: Wrap = lambda method, handler: handler) -> None:
+        """Have a server answer with these services, each method `wrap`ped."""
+        for service in methods.services_of(self._handlers):
+            handlers = {
+                method.name: wrap(method, h) for method, h in self._handlers.items() if method.service == service
+            }
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+
+    def close(self) -> None:
+        """End the threads, when they have done what they are at."""
+        self._waiting.close()
+        self._fetching.close()
+
+    # How a kind of method is called.
+
+    def _quick(
+        self,
+        method: Method,
+        call: Callable[[Any, bool], Message | bytes],
+        read: Callable[[bytes], object] | None = None,
+    ) -> Handler:
+        """`read` makes of a message what the service takes: by default that message."""
+        parse = read or method.request.FromString
+
+        async def handle(raw: bytes, context: _Context) -> bytes:
+            try:
+                self._check(method, context)
+                request = parse(raw)
+                try:
+                    return _serialize(call(request, False))
+                except WouldWait:
+                    return _serialize(await self._fetching.in_thread(call, request, True))
+            except Exception as error:  # noqa: BLE001 - told to the client
+                await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _slow(self, method: Method, call: Callable[[Any], Message | bytes]) -> Handler:
+        async def handle(raw: bytes, context: _Context) -> bytes:
+            try:
+                self._check(method, context)
+                request = method.request.FromString(raw)
+                return _serialize(await self._waiting.in_thread(call, request))
+            except Exception as error:  # noqa: BLE001 - told to the client
+                await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _messages(self, method: Method, call: Callable[[Any], Iterator[Message]]) -> Handler:
+        async def handle(raw: bytes, context: _Context) -> None:
+            try:
+                self._check(method, context)
+                messages = await self._fetching.in_thread(call, method.request.FromString(raw))
+                while (message := await self._fetching.in_thread(next, messages, None)) is not None:
+                    await self._waiting.patiently(context.write(message.SerializeToString()))
+            except Exception as error:  # noqa: BLE001 - told to the client
+                await _abort(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+    def _watched(self, method: Method, call: Callable[[Any, bool], Execution]) -> Handler:
+        """An execution's states as they come; nobody waits in a thread for the next one."""
+
+        async def handle(raw: bytes, context: _Context) -> None:
+            try:
+                self._check(method, context)
+                request = method.request.FromString(raw)
+                try:
+                    execution = call(request, False)
+                except WouldWait:
+                    execution = await self._fetching.in_thread(call, request, True)
+                changed = asyncio.Event()
+                loop = asyncio.get_running_loop()
+                with execution.watch(lambda: loop.call_soon_threadsafe(changed.set)) as watch:
+                    done = False
+                    while not done:
+                        changed.clear()
+                        while (state := watch.next()) is not None:
+                            await self._waiting.patiently(context.write(state.SerializeToString()))
+                            done = state.done
+                        if not done:
+                            await changed.wait()
+            except Exception as error:  # noqa: BLE001 - told to the client
+                await _abort(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+    async def _read(self, raw: bytes, context: _Context) -> None:
+        service = self._services.bytestream
+        try:
+            self._check(methods.READ, context)
+            request = bytestream.ReadRequest.FromString(raw)
+            try:
+                reader = service.open_read(request, may_wait=False)
+            except WouldWait:
+                reader = await self._fetching.in_thread(service.open_read, request, dropped=lambda late: late.close())
+            with closing(reader):
+                while True:
+                    try:
+                        message = reader.read(may_wait=False, head=_head_of_piece)
+                    except WouldWait:
+                        message = await self._waiting.in_thread(lambda: reader.read(head=_head_of_piece))
+                    if not message:
+                        return
+                    await self._waiting.patiently(context.write(message))
+        except Exception as error:  # noqa: BLE001 - told to the client
+            await _abort(context, error)
+
+    async def _write(self, raws: AsyncIterator[bytes], context: _Context) -> bytes:
+        call = self._services.bytestream.begin_write(_client_of(context))
+        try:
+            self._check(methods.WRITE, context)
+            while True:
+                try:
+                    raw = await self._waiting.patiently(anext(raws))
+                except StopAsyncIteration:
+                    return call.end().SerializeToString()
+                request = bytestream.WriteRequest.FromString(raw)
+                try:
+                    answer = call.feed(request, may_wait=False)
+                except WouldWait:
+                    answer = await self._waiting.in_thread(call.feed, request)
+                if answer is not None:
+                    return answer.SerializeToString()
+        except Exception as error:  # noqa: BLE001 - told to the client
+            await _abort(context, error)
+        finally:
+            # Also when the client has vanished, which cancels this.
+            call.close()
+
+    # What they share.
+
+    def _check(self, method: Method, context: _Context) -> None:
+        authorization = None
+        for key, value in context.invocation_metadata() or ():
+            if key == "authorization":
+                authorization = value if isinstance(value, str) else None
+        self._access.check(authorization, right_for(method))
+
+
+def _serialize(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _head_of_piece(size: int) -> bytes:
+    """What makes so many bytes a ReadResponse. Not by protobuf, which would copy them twice."""
+    head = bytearray(b"\x52")
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    head.append(size)
+    return bytes(head)
+
+
+def _client_of(context: _Context) -> str:
+    """Whose uploads are counted together: those of one address, whatever its port."""
+    return context.peer().rpartition(":")[0]
+
+
+async def _abort(context: _Context, error: Exception) -> NoReturn:
+    status = as_status(error)
+    details = ((_DETAILS, status.SerializeToString()),) if status.details else ()
+    await context.abort(_CODES[status.code], status.message, details)
+    raise AssertionError("abort has raised")

@@ -1,0 +1,361 @@
+"""The HTTP cache as a service: blobs and results by name, in and out, with no transport.
+
+**Blobs.** A path doesn't say by which function a hash is. Reading, both are
+looked for; writing, both are reckoned, as nothing tells which it is before the
+end. No bytes have a given hash by both.
+
+**Results** are *opaque* unless `validate` is set: ccache and others keep under
+``ac/`` what is no ActionResult. So they lie under instances of their own, which
+no gRPC client can name ("blobs" is no part of an instance's name), and can't
+be taken for results. With `validate` they are what `tools.server.actions`
+has: a PUT needs an ActionResult all of whose blobs are here, a GET is a hit if
+they still are.
+
+What comes in goes through *intakes*, one around the other: a bound, perhaps
+zstd, then the store. One thread at a time uses an intake; all others are shared.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from store.action_cache import ActionCache, action_key
+from store.digest import Digest, DigestFunction
+from store.errors import MissingBlob
+from store.presence import Presence, WouldWait, as_name
+from store.quota import Reservation, Space
+from store.uploads import Uploads
+from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.server.actions import ActionResults
+from tools.server.compression import Expander
+from tools.server.desk import Desk
+from tools.server.downloads import Downloads, PlainReader
+from tools.server.errors import InvalidArgument, NotAllowed, NotThere, TooLarge
+from tools.server.http_names import CacheName, Kind
+from tools.server.read_through import Actions
+from tools.server.requests import Instances, write_digest
+
+SMALL = 64 << 10
+"""What is at most so large is read here; the rest is sent from its file."""
+RESULT_BYTES_MOST = 16 << 20
+"""Of a result that is validated: it is parsed in memory. As `--max-message` has it for gRPC."""
+
+
+@dataclass(slots=True)
+class Content:
+    """What is found: bytes, or a descriptor to read them from, which `close` closes."""
+
+    size: int
+    etag: str
+    """Empty for what may be replaced."""
+    data: bytes = b""
+    descriptor: int = -1
+
+    def close(self) -> None:
+        """Let go of the file; harmless when repeated."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class Intake(Protocol):
+    """Takes bytes; ends with `finish` or `discard`."""
+
+    def write(self, data: bytes, /) -> None: ...
+
+    def finish(self) -> None:
+        """That was all; returns when it is kept."""
+        ...
+
+    def discard(self) -> None:
+        """Forget it; harmless when repeated, but not after `finish`."""
+        ...
+
+
+class HttpCache:
+    """Answers for one store."""
+
+    def __init__(
+        self,
+        instances: Instances,
+        presence: Presence,
+        downloads: Downloads,
+        uploads: Uploads,
+        desk: Desk,
+        service: Actions,
+        results: ActionResults,
+        actions: ActionCache,
+        space: Space,
+        *,
+        validate: bool,
+        most: int,
+        reads_through: bool = False,
+        find_seen: Callable[[bytes], Digest | None] = lambda hash_: None,
+    ) -> None:
+        """`most`: bytes that one upload may have, expanded. `reads_through`: results may come from an upstream.
+
+        `find_seen` knows blobs there by their hash, as far as they were seen.
+        """
+        self._instances = instances
+        self._presence = presence
+        self._downloads = downloads
+        self._uploads = uploads
+        self._desk = desk
+        self._service = service
+        self._results = results
+        self._actions = actions
+        self._space = space
+        self._reads_through = reads_through
+        self._find_seen = find_seen
+        self.validates = validate
+        self._most = most
+
+    def get(self, name: CacheName, *, may_wait: bool = True) -> Content:
+        """What has that name. Raises NotThere, MissingBlob, BadName."""
+        self._instances.check(name.instance)
+        if name.kind is Kind.CAS:
+            return self._get_blob(name.hash, may_wait)
+        if self.validates:
+            data = self._get_result(name, may_wait)
+            return Content(len(data), "", data)
+        return self._get_opaque(_opaque_key(name))
+
+    def _get_blob(self, hash_: bytes, may_wait: bool) -> Content:
+        digest = self._presence.find_hashed(hash_)
+        if digest is None:
+            digest = self._find_seen(hash_)
+            if digest is None:
+                raise MissingBlob(f"no blob {hash_.hex()}, by any function")
+            if not may_wait:
+                raise WouldWait
+        open_ = self._downloads.open if may_wait else self._downloads.open_quick
+        return _content(open_(digest), digest.size, digest.hex, may_wait)
+
+    def _get_result(self, name: CacheName, may_wait: bool) -> bytes:
+        if self._reads_through and not may_wait:
+            raise WouldWait
+        for action in _actions(name):
+            request = reapi.GetActionResultRequest(
+                instance_name=name.instance,
+                action_digest=write_digest(action),
+                digest_function=reapi.DigestFunction.Value.Name(action.function),
+            )
+            with suppress(NotThere):
+                message = self._service.get(request, may_wait=may_wait)
+                if self._reads_through and (found := self._results.find(action, name.instance)):
+                    # A path doesn't say a blob's size, so none can be asked for by it: they come now, or never.
+                    self._downloads.bring(found[1])
+                return message
+        raise NotThere(f"no result of action {name.hash.hex()}, or not all of its outputs")
+
+    def _put_result(self, name: CacheName, message: bytes) -> None:
+        """Store a result by the function by which all that it names can be had. Raises InvalidArgument."""
+        result = reapi.ActionResult.FromString(message)
+        for action in _actions(name):
+            if self._results.names_what_can_be_had(action, name.instance, message):
+                self._service.update(
+                    reapi.UpdateActionResultRequest(
+                        instance_name=name.instance,
+                        action_digest=write_digest(action),
+                        action_result=result,
+                        digest_function=reapi.DigestFunction.Value.Name(action.function),
+                    )
+                )
+                return
+        raise InvalidArgument(f"not all that the result of {name.hash.hex()} names is here: upload its outputs first")
+
+    def _get_opaque(self, key: bytes) -> Content:
+        descriptor = self._actions.open(key)
+        if descriptor is None:
+            raise NotThere(f"nothing has the name {key[1:].hex()}")
+        self._actions.touch(key, time.time())
+        return _content(descriptor, os.fstat(descriptor).st_size, "", may_wait=True)
+
+    def begin_put(self, name: CacheName, client: str, size: int | None, *, compressed: bool) -> Intake:
+        """Begin to take what shall have that name; `size`: of the body, if that is known.
+
+        Raises TooLarge, Exhausted, NoSpace, BadName.
+        """
+        self._instances.check(name.instance)
+        if size is not None and size > self._most:
+            raise TooLarge(f"{size} bytes: {self._most} are the most (--max-body)")
+        plain = 0 if compressed or size is None else size
+        if name.kind is Kind.CAS:
+            intake, most = self._begin_blob(name.hash, client, plain), self._most
+        elif self.validates:
+            intake, most = _Result(partial(self._put_result, name)), min(self._most, RESULT_BYTES_MOST)
+        else:
+            intake, most = self._begin_opaque(name, client, plain), self._most
+        bounded = _Bounded(intake, most)
+        return _Expanding(bounded) if compressed else bounded
+
+    def _begin_blob(self, hash_: bytes, client: str, size: int) -> Intake:
+        there = self._presence.find_hashed(hash_)
+        if there is not None and not self._presence.find_absent((as_name(there),)):
+            return _Nothing()
+        upload = self._desk.admit(client, lambda: self._uploads.begin_hashed(hash_, size))
+
+        def finish() -> None:
+            self._presence.note([as_name(upload.finish())])
+
+        return _Counted(upload.write, finish, upload.discard, lambda: self._desk.dismiss(client))
+
+    def _begin_opaque(self, name: CacheName, client: str, size: int) -> Intake:
+        reservation = self._desk.admit(client, lambda: self._space.reserve(size))
+        try:
+            opaque = _Opaque(self._actions, _opaque_key(name), reservation)
+        except BaseException:
+            reservation.release()
+            self._desk.dismiss(client)
+            raise
+        return _Counted(opaque.write, opaque.finish, opaque.discard, lambda: self._desk.dismiss(client))
+
+    def remove(self, name: CacheName) -> None:
+        """Remove a result. Raises NotThere, and NotAllowed for a blob: others may need it."""
+        self._instances.check(name.instance)
+        if name.kind is Kind.CAS:
+            raise NotAllowed("blobs aren't removed by clients", ("GET", "HEAD", "PUT"))
+        if self.validates:
+            # By either function: all of them are tried.
+            removed = any([self._results.remove(action, name.instance) for action in _actions(name)])  # noqa: C419
+        else:
+            removed = self._actions.remove(_opaque_key(name))
+        if not removed:
+            raise NotThere(f"nothing has the name {name.hash.hex()}")
+
+
+def _actions(name: CacheName) -> list[Digest]:
+    """The actions that a path may mean."""
+    return [Digest(function, name.hash, 0) for function in DigestFunction]
+
+
+def _opaque_key(name: CacheName) -> bytes:
+    # "blobs" is reserved, so no instance that is served can be called so.
+    instance = f"blobs/opaque/{name.instance}"
+    return action_key(Digest(DigestFunction.SHA256, name.hash, 0), instance)
+
+
+def _content(descriptor: int, size: int, etag: str, may_wait: bool) -> Content:
+    """Takes the descriptor over."""
+    if size > SMALL:
+        return Content(size, etag, descriptor=descriptor)
+    reader = PlainReader(descriptor, 0, size)
+    try:
+        return Content(size, etag, reader.read(may_wait=may_wait))
+    finally:
+        reader.close()
+
+
+class _Nothing:
+    """For what is here already: whatever comes is as good."""
+
+    def write(self, data: bytes, /) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
+
+
+class _Counted:
+    """An upload that its client has open until it ends, however it does."""
+
+    def __init__(
+        self,
+        write: Callable[[bytes], None],
+        finish: Callable[[], object],
+        discard: Callable[[], object],
+        ended: Callable[[], object],
+    ) -> None:
+        self.write = write
+        self._finish = finish
+        self._discard = discard
+        self._ended: Callable[[], object] | None = ended
+
+    def finish(self) -> None:
+        try:
+            self._finish()
+        finally:
+            self._end()
+
+    def discard(self) -> None:
+        if self._ended is not None:
+            self._discard()
+            self._end()
+
+    def _end(self) -> None:
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended()
+
+
+class _Opaque:
+    """Something under ``ac/``, streamed to disk, with space reserved as it grows."""
+
+    def __init__(self, actions: ActionCache, key: bytes, reservation: Reservation) -> None:
+        self._writer = actions.begin(key)
+        self._reservation = reservation
+
+    def write(self, data: bytes) -> None:
+        self._reservation.cover(self._writer.size + len(data))
+        self._writer.write(data)
+
+    def finish(self) -> None:
+        try:
+            self._writer.finish()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        self._writer.discard()
+        self._reservation.release()
+
+
+class _Result:
+    """An ActionResult, in memory until it is whole."""
+
+    def __init__(self, put: Callable[[bytes], None]) -> None:
+        self._put = put
+        self._data = bytearray()
+
+    def write(self, data: bytes, /) -> None:
+        self._data += data
+
+    def finish(self) -> None:
+        self._put(bytes(self._data))
+
+    def discard(self) -> None:
+        self._data.clear()
+
+
+class _Bounded:
+    """Lets so many bytes through."""
+
+    def __init__(self, intake: Intake, most: int) -> None:
+        self._intake = intake
+        self._left = self._most = most
+        self.finish = intake.finish
+        self.discard = intake.discard
+
+    def write(self, data: bytes, /) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            raise TooLarge(f"there are over {self._most} bytes, which are the most")
+        self._intake.write(data)
+
+
+class _Expanding:
+    """Expands zstd."""
+
+    def __init__(self, intake: Intake) -> None:
+        self.write = Expander(intake).write
+        self.finish = intake.finish
+        self.discard = intake.discard

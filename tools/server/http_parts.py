@@ -1,0 +1,70 @@
+"""What `casfs serve` has where it listens for HTTP, too: cache, pages, numbers, put together in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from store.repository import Store
+from tools.server.access import Access
+from tools.server.grpc_counting import GrpcCounting
+from tools.server.http_adapter import HttpAdapter
+from tools.server.http_cache import HttpCache
+from tools.server.http_server import HttpLimits, HttpServer
+from tools.server.metrics import Metrics, Sizes
+from tools.server.pages import Pages
+from tools.server.recent import Recent
+from tools.server.services import Services
+from tools.server.waiting import Waiting
+from tools.worker.report import ReportTaker
+
+
+class HttpParts:
+    """Numbers that begin before the services do, and a server around them."""
+
+    def __init__(self, store: Store, limit: int) -> None:
+        """`limit`: how large the store may get, 0 for no limit."""
+        self._store = store
+        self._limit = limit
+        self.metrics = Metrics(self._sizes)
+        self._recent = Recent(self.metrics.lookups)
+        self.reports: tuple[ReportTaker, ...] = (self.metrics, self._recent)
+        """Who wants to know of actions that are run."""
+        self.counting = GrpcCounting(self.metrics, self._recent)
+
+    def _sizes(self) -> Sizes:
+        return Sizes.of(self._store, self._limit)
+
+    def make_server(
+        self,
+        services: Services,
+        access: Access,
+        limits: HttpLimits,
+        drain_seconds: float,
+        *,
+        validate: bool,
+        most: int,
+        names: Collection[str] | None,
+    ) -> HttpServer:
+        """The server, which doesn't listen yet; `validate` and `most` as in `HttpCache`, `names` in `HttpAdapter`."""
+        store = self._store
+        cache = HttpCache(
+            services.instances,
+            store.presence,
+            services.downloads,
+            services.uploads,
+            services.desk,
+            services.actions,
+            services.results,
+            store.actions,
+            services.space,
+            validate=validate,
+            most=most,
+            reads_through=services.reads_through,
+            find_seen=services.find_seen,
+        )
+        if services.scheduler is not None:
+            self.metrics.watch_queue(services.scheduler.statistics)
+        pages = Pages(store, services.downloads, self._sizes, self.metrics, self._recent, services.scheduler)
+        waiting = Waiting(limits.idle_seconds)
+        adapter = HttpAdapter(cache, pages, access, waiting, self.metrics, self._recent, names)
+        return HttpServer(adapter, limits, self._recent, drain_seconds)

@@ -1,0 +1,151 @@
+"""An HTTP server around the adapter: limits of connections, listening, TLS, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
+
+from tools.server.address import Address, listen
+from tools.server.http_adapter import HttpAdapter
+from tools.server.recent import SAMPLE_SECONDS, Recent
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """What a client does wrong is told to the client; logged, anybody could fill a disk with it."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_log = logging.getLogger("casfs.http")
+_log.addFilter(_is_ours)
+_BACKLOG = 1024
+_READ_BYTES = 256 << 10
+_LINGER_SECONDS = 2.0
+"""How long a body is read on that was refused, so that its client gets to see why."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What one client can take: bytes of one header field and of the request line, fields, seconds of silence."""
+
+    header_bytes: int = 16 << 10
+    fields: int = 64
+    idle_seconds: float = 60.0
+
+    def options(self) -> dict[str, Any]:
+        """As aiohttp takes them."""
+        return {
+            "max_line_size": self.header_bytes,
+            "max_field_size": self.header_bytes,
+            "max_headers": self.fields,
+            "keepalive_timeout": self.idle_seconds,
+            "lingering_time": _LINGER_SECONDS,
+            "read_bufsize": _READ_BYTES,
+            # Ours knows how much may come.
+            "auto_decompress": False,
+            "access_log": None,
+            "logger": _log,
+        }
+
+
+class _Connection(RequestHandler):
+    """One that ends if its first request doesn't come; aiohttp itself only looks after those between requests."""
+
+    __slots__ = ("asked", "patience")
+
+    def __init__(self, manager: web.Server, patience: float, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self.asked = False
+        self.patience = patience
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Have the kernel end it, too, when the other side takes nothing more."""
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if connection is not None:
+            with suppress(OSError):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.patience * 1000))
+        asyncio.get_running_loop().call_later(self.patience, self._check)
+
+    def _check(self) -> None:
+        if not self.asked:
+            self.force_close()
+
+
+class _Server(web.Server):
+    """One whose connections are ours."""
+
+    def __init__(self, handler: _Handler, limits: HttpLimits) -> None:
+        super().__init__(handler)
+        self._limits = limits
+
+    def __call__(self) -> RequestHandler:
+        loop = asyncio.get_running_loop()
+        return _Connection(self, self._limits.idle_seconds, loop=loop, **self._limits.options())
+
+
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class HttpServer:
+    """One server, in the running loop."""
+
+    def __init__(self, adapter: HttpAdapter, limits: HttpLimits, recent: Recent, drain_seconds: float) -> None:
+        """`drain_seconds`: what requests that are on have when it ends."""
+        self._adapter = adapter
+        self._recent = recent
+        self._drain_seconds = drain_seconds
+        self._runner = web.ServerRunner(_Server(self._handle, limits), shutdown_timeout=_LINGER_SECONDS)
+        self._sampling: asyncio.Task[None] | None = None
+        self._busy = 0
+        self._idle = asyncio.Event()
+        self._draining = False
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        cast("_Connection", request.protocol).asked = True
+        self._busy += 1
+        self._idle.clear()
+        try:
+            response = await self._adapter.handle(request)
+        finally:
+            self._busy -= 1
+            if not self._busy:
+                self._idle.set()
+        if self._draining:
+            response.force_close()
+        return response
+
+    async def start(self, address: Address, tls: ssl.SSLContext | None) -> None:
+        """Answer requests there from now on. Raises OSError."""
+        await self._runner.setup()
+        await web.SockSite(self._runner, listen(address), ssl_context=tls, backlog=_BACKLOG).start()
+        self._sampling = asyncio.create_task(self._sample())
+
+    async def _sample(self) -> None:
+        while True:
+            self._recent.sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def drain(self) -> None:
+        """Take no more requests, let those that are on end in their time, then break them off."""
+        if self._sampling is not None:
+            self._sampling.cancel()
+        self._draining = True
+        for site in self._runner.sites:
+            await site.stop()
+        # Not left to the runner: from the moment on that it is told to end, aiohttp takes no more of any body.
+        if self._busy:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._drain_seconds):
+                    await self._idle.wait()
+        await self._runner.cleanup()
+        self._adapter.close()

@@ -1,0 +1,238 @@
+"""What is counted, in the form Prometheus reads; the only module that knows its client library.
+
+With several processes each request for the metrics reaches one of them, which
+has to answer for all: the library keeps each process's numbers in files of a
+directory that they share (`share_among_processes`, before anything else here
+is used), and sums them up when asked. A count then costs 2 µs and not 1.
+
+Threads may share a `Metrics`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from store.blobs import total_bytes
+from store.gc import unindexed_bytes
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from store.gc import Collected
+    from store.repository import Store
+    from tools.server.address import Address
+    from tools.worker.report import Report
+
+_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_PEAKS = ("memory_bytes",)
+"""Numbers of an action whose sum means nothing."""
+
+
+def share_among_processes(directory: Path) -> None:
+    """Have this process's children count together, in files in that directory."""
+    # The library asks for this when it is imported, which the children do.
+    os.environ[_DIRECTORY] = str(directory)
+
+
+class Half(Enum):
+    """What is looked for in a cache."""
+
+    BLOB = "blob"
+    RESULT = "result"
+
+
+class Lookups(NamedTuple):
+    """How often something was found, and how often not."""
+
+    hits: float
+    misses: float
+
+
+class Sizes(NamedTuple):
+    """How large the store is, in bytes, and may get: 0 for no limit."""
+
+    used: int
+    limit: int
+
+    @classmethod
+    def of(cls, store: Store, limit: int) -> Sizes:
+        """Those of a store now."""
+        return cls(total_bytes(store.index) + unindexed_bytes(store.index), limit)
+
+
+class Metrics:
+    """The numbers of one server; made once in a process."""
+
+    def __init__(self, sizes: Callable[[], Sizes]) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        # When each began to count is a second line for each number, and useless in several processes.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        shared = _DIRECTORY in os.environ
+        if shared:
+            MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
+        own = None if shared else self._registry
+        self._requests = Counter(
+            "casfs_requests", "Requests, by what they ended with.", ("transport", "method", "status"), registry=own
+        )
+        self._seconds = Histogram(
+            "casfs_request_seconds", "How long they took.", ("transport", "method"), buckets=_BUCKETS, registry=own
+        )
+        self._bytes = Counter(
+            "casfs_transferred_bytes", "Bytes of bodies and messages.", ("transport", "direction"), registry=own
+        )
+        self._lookups = Counter(
+            "casfs_lookups", "Blobs and action results that were asked for.", ("half", "outcome"), registry=own
+        )
+        self._evictions = Counter("casfs_evicted_files", "Files that collections removed.", registry=own)
+        self._evicted = Counter("casfs_evicted_bytes", "Their bytes.", registry=own)
+        self._uploads = Gauge(
+            "casfs_open_uploads", "Uploads that are going on.", registry=own, multiprocess_mode="livesum"
+        )
+        self._actions = Counter(
+            "casfs_actions", "Actions that were run, by what they ended with.", ("status", "exit"), registry=own
+        )
+        self._stages = Histogram(
+            "casfs_action_seconds", "How long each stage of them took.", ("stage",), buckets=_BUCKETS, registry=own
+        )
+        self._numbers = Counter(
+            "casfs_action_numbers",
+            "Sums over them: bytes and blobs fetched, upcalls and others.",
+            ("what",),
+            registry=own,
+        )
+        self._registry.register(_Sizes(sizes))
+
+    def note_request(self, transport: str, method: str, status: str, seconds: float) -> None:
+        """A request ended."""
+        self._requests.labels(transport, method, status).inc()
+        self._seconds.labels(transport, method).observe(seconds)
+
+    def note_bytes(self, transport: str, received: int, sent: int) -> None:
+        """So many bytes came and went."""
+        if received:
+            self._bytes.labels(transport, "in").inc(received)
+        if sent:
+            self._bytes.labels(transport, "out").inc(sent)
+
+    def note_lookup(self, half: Half, *, hit: bool, number: int = 1) -> None:
+        """Something was found, or not."""
+        self._lookups.labels(half.value, "hit" if hit else "miss").inc(number)
+
+    def note_upload(self, change: int) -> None:
+        """One more is open (1), or one less (-1)."""
+        self._uploads.inc(change)
+
+    def note_collection(self, done: Collected) -> None:
+        """A collection ended."""
+        self._evictions.inc(done.removed_blobs)
+        self._evicted.inc(done.removed_bytes)
+
+    def note_action(self, report: Report) -> None:
+        """An action was run, or couldn't be."""
+        ended = "none" if report.code is None else "zero" if report.code == 0 else "other"
+        self._actions.labels(report.status, ended).inc()
+        self._stages.labels("queue").observe(report.queued)
+        for stage, seconds in report.stages.items():
+            self._stages.labels(stage.value).observe(seconds)
+        for name, number in report.numbers.items():
+            if name not in _PEAKS and number > 0:
+                self._numbers.labels(name).inc(number)
+
+    def watch_queue(self, statistics: Callable[[], Mapping[str, int]]) -> None:
+        """Show how many executions there are, too."""
+        self._registry.register(_Executions(statistics))
+
+    def watch_source(self, statistics: Callable[[], Mapping[str, int]]) -> None:
+        """Show what became of the actions that a scheduler gave out, too."""
+        self._registry.register(_Given(statistics))
+
+    def lookups(self) -> Lookups:
+        """All so far, of all processes."""
+        found = {"hit": 0.0, "miss": 0.0}
+        for metric in self._registry.collect():
+            if metric.name == "casfs_lookups":
+                for sample in metric.samples:
+                    if sample.name == "casfs_lookups_total":
+                        found[sample.labels["outcome"]] += sample.value
+        return Lookups(found["hit"], found["miss"])
+
+    def render(self) -> tuple[bytes, str]:
+        """The text that Prometheus reads, and its content type."""
+        from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+    def serve(self, address: Address) -> tuple[int, Callable[[], None]]:
+        """Answer over HTTP with that text, whatever the path, in threads; the port, and how to end it. Raises OSError.
+
+        For a process that has no HTTP server of its own: there is nothing else to be had there.
+        """
+        from prometheus_client import start_http_server
+
+        server, thread = start_http_server(address.port, address.host, self._registry)
+
+        def close() -> None:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+        return server.server_port, close
+
+
+class _Executions:
+    """Asks the scheduler when it is asked."""
+
+    def __init__(self, statistics: Callable[[], Mapping[str, int]]) -> None:
+        self._statistics = statistics
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        numbers = self._statistics()
+        yield GaugeMetricFamily("casfs_executions_queued", "Executions that wait.", value=numbers["queued"])
+        yield GaugeMetricFamily("casfs_executions_running", "Executions that run.", value=numbers["running"])
+        yield CounterMetricFamily("casfs_executions_merged", "Requests that joined another.", value=numbers["merged"])
+        yield CounterMetricFamily(
+            "casfs_executions_abandoned", "Ended since nobody waited for them.", value=numbers["abandoned"]
+        )
+
+
+class _Given:
+    """Asks a scheduler's client when it is asked."""
+
+    def __init__(self, statistics: Callable[[], Mapping[str, int]]) -> None:
+        self._statistics = statistics
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(
+            "casfs_worker_actions", "Actions that the scheduler gave, by what became of them.", labels=["what"]
+        )
+        for what, number in self._statistics().items():
+            # Those that it has now: no counter.
+            if what != "leases":
+                family.add_metric([what], number)
+        yield family
+
+
+class _Sizes:
+    """Asks the store when it is asked: what all processes share has no need to be summed up."""
+
+    def __init__(self, sizes: Callable[[], Sizes]) -> None:
+        self._sizes = sizes
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        sizes = self._sizes()
+        yield GaugeMetricFamily("casfs_store_bytes", "Bytes in the store.", value=sizes.used)
+        yield GaugeMetricFamily("casfs_store_limit_bytes", "What it may get; 0: no limit.", value=sizes.limit)

@@ -1,0 +1,69 @@
+"""Certificates: read from PEM files, and again while connections come and go."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from store.errors import BadInput
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. With `client_ca`, clients need a certificate of that authority."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+class Tls(NamedTuple):
+    """The contents of the files, and the same as OpenSSL has them."""
+
+    certificate: bytes
+    key: bytes
+    authority: bytes | None
+    context: ssl.SSLContext
+
+
+def read_tls(files: TlsFiles) -> Tls:
+    """Certificate, key and authority. Raises BadInput."""
+    try:
+        # Says now what gRPC would only log later.
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(files.certificate, files.key)
+        if files.client_ca is not None:
+            context.load_verify_locations(files.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        authority = files.client_ca.read_bytes() if files.client_ca is not None else None
+        return Tls(files.certificate.read_bytes(), files.key.read_bytes(), authority, context)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"can't use the TLS files: {error.strerror if isinstance(error, OSError) else error}") from error
+
+
+class Certificates:
+    """What new connections are secured with. Connections that are there keep what they began with."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Raises BadInput."""
+        self._files = files
+        self.current = read_tls(files)
+
+    def reload(self) -> None:
+        """Read the files again. Raises BadInput, and then nothing has changed."""
+        self.current = read_tls(self._files)
+
+    def context(self) -> ssl.SSLContext:
+        """A context to listen with, whose connections get the files that were read last.
+
+        Its own is loaded with the same; what decides is the callback, which
+        OpenSSL makes for every connection, whether or not that names a server.
+        """
+        context = read_tls(self._files).context
+        context.sni_callback = self._choose
+        return context
+
+    def _choose(self, connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self.current.context

@@ -1,0 +1,203 @@
+"""Writing back: what clients bring goes to the upstream too, in the background.
+
+Clients wait for nothing here. What they brought is noted in a queue, by name;
+one thread takes all that waits, asks the upstream what of it is missing, and
+uploads that: small blobs in batches, the others as streams, results when the
+blobs that they need are there. What the upstream doesn't take is tried again
+while it doesn't answer, and dropped after a while, as what the queue has no
+room for: with a line in the log, and counted. A result that is uploaded later
+brings along what it needs of that.
+
+Threads may share a `WriteBack`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from store.blobs import Blobs
+from store.digest import Digest, DigestFunction
+from store.presence import as_digest
+from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.server.actions import ActionResults
+from tools.server.read_through import Actions
+from tools.server.requests import get_function, read_digest
+from tools.upstream.errors import Unreachable
+from tools.upstream.sending import send_blobs
+from tools.upstream.sources import Upstream
+
+log = logging.getLogger("casfs.serve")
+
+_ROUND_MOST = 1000
+_PAUSE_SECONDS = 1.0
+_SAY_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBackLimits:
+    """How many names may wait; seconds that one round is tried again, and that the end of the server waits."""
+
+    waiting: int = 100_000
+    retry_seconds: float = 60.0
+    end_seconds: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The result of an action in an instance."""
+
+    action: Digest
+    instance: str
+
+
+class WriteBack:
+    """Uploads to one upstream; `close` it before the store."""
+
+    def __init__(
+        self, blobs: Blobs, actions: ActionResults, upstream: Upstream, limits: WriteBackLimits | None = None
+    ) -> None:
+        self._blobs = blobs
+        self._actions = actions
+        self._upstream = upstream
+        self._limits = limits or WriteBackLimits()
+        self._changed = threading.Condition()
+        # Under `_changed`:
+        self._waiting: deque[Digest | Result] = deque()
+        self._thread: threading.Thread | None = None
+        self._under_way = 0
+        self._closed = False
+        self._dropped = 0
+        self._said = 0.0
+        # The thread's:
+        self._sent_blobs = 0
+        self._sent_results = 0
+        self._end = float("inf")
+
+    def add(self, items: Sequence[Digest | Result]) -> None:
+        """Note what the upstream shall have."""
+        with self._changed:
+            room = self._limits.waiting - len(self._waiting)
+            self._waiting.extend(items[: max(room, 0)])
+            if len(items) > room:
+                self._drop(len(items) - max(room, 0), "too much waits for it")
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="write back", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def statistics(self) -> dict[str, int]:
+        """What was sent, dropped, and waits."""
+        return {
+            "sent_blobs": self._sent_blobs,
+            "sent_results": self._sent_results,
+            "dropped": self._dropped,
+            "waiting": len(self._waiting),
+        }
+
+    def close(self) -> None:
+        """Send what waits, as far as that goes within some seconds."""
+        with self._changed:
+            self._closed = True
+            self._end = time.monotonic() + self._limits.end_seconds
+            thread = self._thread
+            self._changed.notify_all()
+        if thread is not None:
+            thread.join(self._limits.end_seconds + 1.0)
+        with self._changed:
+            left = len(self._waiting)
+            if thread is not None and thread.is_alive():
+                left += self._under_way
+            if left:
+                self._drop(left, "this server ends", say=True)
+            self._waiting.clear()
+
+    def _drop(self, count: int, why: str, *, say: bool = False) -> None:
+        url, now = self._upstream.options.url, time.monotonic()
+        with self._changed:
+            self._dropped += count
+            # Not a line for each blob of a build.
+            if say or not self._said or now - self._said > _SAY_SECONDS:
+                self._said = now
+                log.warning("%s: %d not written back (%s), %d in all", url, count, why, self._dropped)
+
+    # The thread.
+
+    def _run(self) -> None:
+        while items := self._take():
+            # In the order in which they came, each once.
+            self._send_patiently(list(dict.fromkeys(items)))
+
+    def _take(self) -> list[Digest | Result]:
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            self._under_way = min(len(self._waiting), _ROUND_MOST)
+            return [self._waiting.popleft() for _ in range(self._under_way)]
+
+    def _send_patiently(self, items: list[Digest | Result]) -> None:
+        until = time.monotonic() + self._limits.retry_seconds
+        while True:
+            try:
+                self._send(items)
+                return
+            except Unreachable as error:
+                if time.monotonic() + _PAUSE_SECONDS > min(until, self._end):
+                    self._drop(len(items), str(error))
+                    return
+            except Exception as error:  # noqa: BLE001 - what is wrong with these may not be with the next
+                self._drop(len(items), str(error))
+                return
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, _PAUSE_SECONDS)
+
+    def _send(self, items: list[Digest | Result]) -> None:
+        results = {item: self._actions.find(item.action, item.instance) for item in items if isinstance(item, Result)}
+        wanted = [item for item in items if isinstance(item, Digest)]
+        wanted += [as_digest(name) for found in results.values() if found for name in found[1]]
+        failed = set[Digest]()
+        for function in DigestFunction:
+            failed |= self._send_blobs([digest for digest in dict.fromkeys(wanted) if digest.function is function])
+        for item, found in results.items():
+            if found is None or not failed.isdisjoint(map(as_digest, found[1])):
+                self._drop(1, f"the result of {item.action} isn't whole")
+            else:
+                self._upstream.client().write_result(item.action, item.instance, found[0])
+                self._sent_results += 1
+
+    def _send_blobs(self, digests: list[Digest]) -> set[Digest]:
+        """Upload what is missing there; those that it still hasn't."""
+        client = self._upstream.client()
+        if not digests:
+            return set()
+        if not client.knows(digests[0].function):
+            self._drop(len(digests), f"it has no blobs by {digests[0].function.label}")
+            return set(digests)
+        sent, failed = send_blobs(client, self._blobs, digests)
+        self._sent_blobs += sent
+        if failed:
+            self._drop(len(failed), "collected meanwhile, or refused")
+        return failed
+
+
+class ActionsBack:
+    """The ActionCache service, whose results are written back."""
+
+    def __init__(self, actions: Actions, back: WriteBack) -> None:
+        self._actions = actions
+        self._back = back
+
+    def get(self, request: reapi.GetActionResultRequest, *, may_wait: bool = True) -> bytes:
+        """As without."""
+        return self._actions.get(request, may_wait=may_wait)
+
+    def update(self, request: reapi.UpdateActionResultRequest) -> bytes:
+        """Store it here; the upstream follows."""
+        message = self._actions.update(request)
+        function = get_function(request.digest_function, [request.action_digest.hash])
+        self._back.add([Result(read_digest(request.action_digest, function), request.instance_name)])
+        return message

@@ -1,0 +1,78 @@
+"""A worker: threads that take actions from a source and run them, each one at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+
+from tools.reapi.generated import code_pb2 as codes
+from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.worker.executor import Parts, make_executor
+from tools.worker.run import Executor, Run
+from tools.worker.work import Assignment, WorkSource
+
+log = logging.getLogger("casfs.worker")
+
+_PR_SET_CHILD_SUBREAPER = 36
+MEMORY_AT_LEAST = 1 << 30
+"""Bytes of memory that there are for each action that may run at a time."""
+
+
+def adopt_orphans() -> None:
+    """Have what a command leaves behind become ours when it dies, so that what it used is known."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def default_jobs() -> int:
+    """How many actions run at a time: one a core that we may use, as far as there is memory for them."""
+    return max(1, min(len(os.sched_getaffinity(0)), machine_memory() // MEMORY_AT_LEAST))
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Worker:
+    """Runs what a source gives. The source ends it: `join` returns when each thread got None and has finished."""
+
+    def __init__(self, source: WorkSource, parts: Parts, jobs: int) -> None:
+        """`jobs`: how many actions run at a time."""
+        self._source = source
+        self._parts = parts
+        self._threads = [threading.Thread(target=self._run, name=f"action-{number}") for number in range(jobs)]
+
+    def start(self) -> None:
+        """Begin to take actions."""
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        """Wait for the threads."""
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        executor, close = make_executor(self._parts)
+        try:
+            while (assignment := self._source.take()) is not None:
+                self._execute(executor, assignment)
+        finally:
+            close()
+
+    @staticmethod
+    def _execute(executor: Executor, assignment: Assignment) -> None:
+        try:
+            response = executor.execute(Run(assignment))
+        except Exception:
+            # The chain answers for all errors but those of who is told of them; this thread is needed for others.
+            log.exception("action %s", assignment.action)
+            response = reapi.ExecuteResponse()
+            response.status.code = codes.INTERNAL
+            response.status.message = "an internal error, see the worker's log"
+        try:
+            assignment.finish(response)
+        finally:
+            assignment.stop.close()
