@@ -25,6 +25,7 @@ What a connection was given stays in use until it is closed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -260,9 +261,10 @@ def main(
     sources = find_sources(options)
     path = _address(Path(options.store), options.upstream)
     with ExitStack() as ending:
-        listener = ending.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        if not _listen(listener, path):
+        if not _take_place(path, ending):
             return 0
+        listener = ending.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        _listen(listener, path)
         ending.callback(path.unlink, missing_ok=True)
         store = ending.enter_context(Store.open(Path(options.store), create=False, sources=sources))
         ending.enter_context(logging_to(store.layout.log))
@@ -274,23 +276,24 @@ def main(
     return 0
 
 
-def _listen(listener: socket.socket, path: Path) -> bool:
-    """Take the address, unless another holder has it; one that was killed has left it behind."""
-    with short_path(path) as address:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
-                other.connect(address)
-            return False
-        except FileNotFoundError:
-            pass
-        except OSError:
-            path.unlink(missing_ok=True)
-        try:
-            listener.bind(address)
-        except OSError:
-            return False  # one was started at the same moment
-    listener.listen(64)
+def _take_place(path: Path, ending: ExitStack) -> bool:
+    """Be the one holder with that address until `ending`; False if another one is, or is about to be."""
+    # A lock and not the address: one that has bound it, and doesn't listen yet, looks like one that was killed.
+    place = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    ending.callback(os.close, place)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
+
+
+def _listen(listener: socket.socket, path: Path) -> None:
+    """Listen at the address, which is this process's; a holder that was killed has left its own behind."""
+    path.unlink(missing_ok=True)
+    with short_path(path) as address:
+        listener.bind(address)
+    listener.listen(64)
 
 
 def _warm(store: Store, layers: Layers, root: Digest) -> None:

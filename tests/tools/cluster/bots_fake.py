@@ -40,8 +40,8 @@ class Bots:
     keep: int = 0
     version: int = 0
     updates: int = 0
-    _delivered: set[str] = field(default_factory=set)
-    _sent: set[str] = field(default_factory=set)
+    _sent: dict[str, frozenset[str]] = field(default_factory=dict)
+    """By version, what a worker that has it was told of. A call that was broken off may come after its successor."""
     _call: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -78,7 +78,6 @@ class Bots:
             # Whoever has the name has the place of others with it.
             self.queue += [lease for lease in self.leases.values() if lease.state == bots.ACTIVE]
             self.leases.clear()
-            self._delivered.clear()
             self.sessions.append(session)
             session.name = f"main/{len(self.sessions)}"
             return self._answer(session, context, held=session.status == bots.OK)
@@ -102,12 +101,13 @@ class Bots:
 
     def _take(self, session: bots.BotSession) -> None:
         told = {lease.id for lease in session.leases}
-        if missing := self._delivered - told:
+        delivered = self._sent.get(session.version, frozenset())
+        if missing := delivered - told:
             self._object(f"nothing is said of {missing}")
         for lease in session.leases:
             if lease.state not in (bots.ACTIVE, bots.COMPLETED):
                 self._object(f"a worker may not say {lease.state}")
-            if lease.id not in self._delivered:
+            if lease.id not in delivered:
                 self._object(f"{lease.id} isn't this worker's")
             if lease.HasField("status") != (lease.state == bots.COMPLETED):
                 self._object("a status belongs to COMPLETED")
@@ -125,7 +125,6 @@ class Bots:
             return
         if self.leases.pop(lease.id, None) is not None:
             self.completed.append(lease)
-        self._delivered.discard(lease.id)
 
     def _answer(self, session: bots.BotSession, context: Context, *, held: bool) -> bots.BotSession:
         self._call += 1
@@ -139,17 +138,17 @@ class Bots:
             lease = self.queue.pop(0)
             self.leases[lease.id] = lease
             self.version += 1
-        new = self.leases.keys() - self._delivered
+        new = self.leases.keys() - self._sent.get(session.version, frozenset())
         if new and self.lose:
             self.lose -= 1
             context.abort(grpc.StatusCode.UNAVAILABLE, "the answer was lost")
         answer = bots.BotSession()
         answer.CopyFrom(session)
         answer.version = str(self.version)
-        self._sent.add(answer.version)
         del answer.leases[:]
         answer.leases.extend(self.leases.values())
-        self._delivered = {lease.id for lease in self.leases.values() if lease.state != bots.CANCELLED}
+        live = frozenset(lease.id for lease in self.leases.values() if lease.state != bots.CANCELLED)
+        self._sent[answer.version] = live
         for name in [lease.id for lease in self.leases.values() if lease.state == bots.CANCELLED]:
             del self.leases[name]
         return answer
