@@ -92,7 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insecure", action="store_true", default=None, help="serve plain text to other machines, too")
     parser.add_argument("--max-message", metavar="SIZE", help="bytes of one message (default: 16MiB)")
     parser.add_argument("--max-streams", metavar="N", type=int, help="calls at a time of a connection (default: 1000)")
-    parser.add_argument("--max-uploads", metavar="N", type=int, help="open uploads of one client (default: 256)")
+    parser.add_argument(
+        "--max-uploads", metavar="N", type=int, help="open uploads of one client; others wait (default: 256)"
+    )
     parser.add_argument(
         "--idle-timeout", metavar="DURATION", help="end a stream without progress for so long (default: 60s)"
     )

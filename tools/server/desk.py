@@ -56,7 +56,7 @@ class Desk:
 
     def __init__(self, uploads: Uploads, most_per_client: int) -> None:
         self._uploads = uploads
-        self._most = most_per_client
+        self.most_per_client = most_per_client
         self._lock = threading.Lock()
         # Under `_lock`:
         self._open: Counter[str] = Counter()
@@ -70,8 +70,8 @@ class Desk:
         """Begin something that the client has open until it is dismissed. Raises Exhausted, and what `begin` does."""
         self._drop_old()
         with self._lock:
-            if self._open[client] >= self._most:
-                raise Exhausted(f"this client has {self._most} uploads open already: finish one first")
+            if self._open[client] >= self.most_per_client:
+                raise Exhausted(f"this client has {self.most_per_client} uploads open already: finish one first")
             self._open[client] += 1
         try:
             return self._begin(begin)

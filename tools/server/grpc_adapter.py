@@ -26,12 +26,19 @@ from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.methods import Method
 from tools.server.access import Access, right_for
+from tools.server.bytestream import WriteCall
 from tools.server.execution import Executions
+from tools.server.places import Places
 from tools.server.scheduler import Execution
 from tools.server.services import Services
 from tools.server.status import as_status
 from tools.server.waiting import FETCH_THREADS, Waiting
 
+_PATIENCE = 0.5
+"""Of a silent client's time: so long an upload waits for its turn. Clients give up after a minute themselves."""
+_NO_BOUND = (1 << 31) - 1
+_UNREQUESTED_SECONDS = 3600
+"""Whoever calls gives up before."""
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _DETAILS = "grpc-status-details-bin"
 
@@ -56,6 +63,11 @@ class GrpcLimits:
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", self.header_bytes),
             ("grpc.max_concurrent_streams", self.streams),
+            # Calls that the loop hasn't come to yet wait: the library would end some of more than 1,000 as CANCELLED,
+            # and all after 30 s, where a build that begins to upload has many thousands. Streams are the bound.
+            ("grpc.server.max_pending_requests", _NO_BOUND),
+            ("grpc.server.max_pending_requests_hard_limit", _NO_BOUND),
+            ("grpc.server_max_unrequested_time_in_server", _UNREQUESTED_SECONDS),
             # A connection whose other end is gone without a word is noticed.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
@@ -72,6 +84,7 @@ class GrpcAdapter:
         self._access = access
         self._waiting = Waiting(limits.idle_seconds)
         self._fetching = Waiting(limits.idle_seconds, FETCH_THREADS)
+        self._places = Places(services.desk.most_per_client, limits.idle_seconds * _PATIENCE)
         self._services = services
         cas, actions, stream = services.cas, services.actions, services.bytestream
         self._handlers: dict[Method, Handler] = {
@@ -230,26 +243,29 @@ class GrpcAdapter:
             await _abort(context, error)
 
     async def _write(self, raws: AsyncIterator[bytes], context: _Context) -> bytes:
-        call = self._services.bytestream.begin_write(_client_of(context))
+        client = _client_of(context)
         try:
             self._check(methods.WRITE, context)
-            while True:
-                try:
-                    raw = await self._waiting.patiently(anext(raws))
-                except StopAsyncIteration:
-                    return call.end().SerializeToString()
-                request = bytestream.WriteRequest.FromString(raw)
-                try:
-                    answer = call.feed(request, may_wait=False)
-                except WouldWait:
-                    answer = await self._waiting.in_thread(call.feed, request)
-                if answer is not None:
-                    return answer.SerializeToString()
+            async with self._places.one(client):
+                # Closed also when the client has vanished, which cancels this.
+                with closing(self._services.bytestream.begin_write(client)) as call:
+                    return (await self._take(raws, call)).SerializeToString()
         except Exception as error:  # noqa: BLE001 - told to the client
             await _abort(context, error)
-        finally:
-            # Also when the client has vanished, which cancels this.
-            call.close()
+
+    async def _take(self, raws: AsyncIterator[bytes], call: WriteCall) -> Message:
+        while True:
+            try:
+                raw = await self._waiting.patiently(anext(raws))
+            except StopAsyncIteration:
+                return call.end()
+            request = bytestream.WriteRequest.FromString(raw)
+            try:
+                answer = call.feed(request, may_wait=False)
+            except WouldWait:
+                answer = await self._waiting.in_thread(call.feed, request)
+            if answer is not None:
+                return answer
 
     # What they share.
 

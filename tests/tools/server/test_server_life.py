@@ -263,7 +263,8 @@ def test_a_message_that_is_too_large_is_refused(casfs: Casfs) -> None:
 
 
 def test_a_client_has_so_many_uploads_open_and_no_more(casfs: Casfs) -> None:
-    with running(casfs, "--max-uploads", "3") as server, connected(server) as client:
+    # Half of the time that a client may be silent for, one more upload waits for its turn.
+    with running(casfs, "--max-uploads", "3", "--idle-timeout", "10s") as server, connected(server) as client:
         digests = [SHA256.of(b"upload %d" % number) for number in range(4)]
         calls = [open_upload(client, digest, b"up", f"u{n}") for n, digest in enumerate(digests[:3])]
         wait_for(lambda: len(files_in_tmp(casfs)) == 3)
