@@ -32,7 +32,6 @@ from tools.bench.load import Generator, get_generator
 from tools.bench.measuring import Outcome, Settings, alternate
 from tools.bench.server_calls import Call, fill, list_calls
 from tools.bench.workers import Refused
-from tools.server.grpc_polling import ENVIRONMENT
 
 CASFS = "casfs"
 BARE = "bare grpcio"
@@ -89,9 +88,8 @@ class Served(NamedTuple):
 
 @contextmanager
 def serving(command: list[str]) -> Iterator[Served]:
-    """A process that says where it serves, and ends with SIGTERM; grpcio polls as it does for casfs."""
-    environment = {**ENVIRONMENT, **os.environ}
-    process = subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE, text=True)
+    """A process that says where it serves, and ends with SIGTERM."""
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
     try:
         lines = [process.stdout.readline() for _ in range(1 + ("--http-listen" in command))] if process.stdout else []
         grpc, http = (re.search(rf"{scheme}://(\S+)", "".join(lines)) for scheme in ("grpc", "http"))

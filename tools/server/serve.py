@@ -24,7 +24,6 @@ from store.layout import Layout
 from store.repository import SourceOptions, Store
 from store.sessions import Session
 from tools.server.address import Address, reserve
-from tools.server.grpc_polling import poll_by_the_queue
 from tools.server.guards import Guards
 from tools.server.notify import READY, STOPPING, be_no_main_process, notify
 from tools.server.services import ServiceOptions, Services
@@ -227,7 +226,6 @@ def _die_with_parent() -> None:
 
 async def _serve(options: ServeOptions, announce: Callable[[], None]) -> None:
     """One process: open all, serve, drain, close all."""
-    poll_by_the_queue()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     guards = options.guards()
