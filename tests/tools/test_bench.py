@@ -219,10 +219,14 @@ def test_clones_are_measured_beside_projection_where_they_can_be_made(results: R
 
 
 @pytest.mark.long
-def test_bazel_rebuilds_out_of_the_server_and_out_of_its_disk_cache(results: Results) -> None:
+def test_bazel_rebuilds_out_of_the_server_and_out_of_what_is_nothing_but_its_transports(
+    results: Results, requires: Requirements
+) -> None:
+    requires.programs("nginx")
     measures = results.measures("bazel")
+    sides = ("gRPC", "gRPC, minimal", "bare grpcio", "HTTP", "nginx", "disk cache")
+    assert all(measures["rebuild", side]["median"] > 0 for side in sides)
     assert measures["CPU of the server", "disk cache"]["median"] == 0
-    assert all(measures["rebuild", side]["median"] > 0 for side in ("gRPC", "gRPC, minimal", "disk cache"))
 
 
 def test_remote_execution_is_measured_beside_bazels_own_sandbox_and_none(results: Results) -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from store.digest import DigestFunction
-from store.layout import blob_path
 from store.repository import Store
 from tools.bench.measuring import Outcome, Settings, alternate
 from tools.bench.server import CASFS, Served, casfs_command, serving
@@ -42,7 +41,11 @@ http {{
   access_log off; sendfile on; tcp_nopush on; keepalive_requests 1000000000;
   client_body_temp_path {place}/body; proxy_temp_path {place}/proxy; fastcgi_temp_path {place}/fastcgi;
   uwsgi_temp_path {place}/uwsgi; scgi_temp_path {place}/scgi;
-  server {{ listen {address}; root {blobs}; }}
+  server {{
+    listen {address}; root {blobs};
+    # As clients of a cache ask for them.
+    rewrite "^/((?:ac|cas)/)([0-9a-f]{{2}})([0-9a-f]{{62}})$" /$1$2/$2$3 break;
+  }}
 }}
 """
 
@@ -65,9 +68,9 @@ def run(settings: Settings) -> Outcome:
     for _, side in alternate(sides, settings.rounds(3)):
         with _serving(side, settings.scratch, place) as server:
             for name, digest in blobs.items():
-                path = f"/cas/{digest.hex}" if side == CASFS else f"/{blob_path(digest)}"
                 for connections in _CONNECTIONS:
-                    _measure(outcome, f"GET {name}, {connections} in flight", side, server, path, connections, seconds)
+                    what = f"GET {name}, {connections} in flight"
+                    _measure(outcome, what, side, server, f"/cas/{digest.hex}", connections, seconds)
     for name, size in _SIZES.items() if len(sides) > 1 else ():
         if size >= _LARGE:
             what = f"GET {name}, 32 in flight"
@@ -82,15 +85,22 @@ def _serving(side: str, scratch: Path, store: Path) -> Iterator[Served]:
         with serving([*casfs_command(store), "--http-listen", "127.0.0.1:0"]) as server:
             yield server._replace(address=server.http)
         return
+    with serving_by_nginx(scratch, store / "blobs") as server:
+        yield server
+
+
+@contextmanager
+def serving_by_nginx(scratch: Path, blobs: Path) -> Iterator[Served]:
+    """What nginx makes of a directory in the layout of Bazel's disk cache: a cache to read from."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
     configuration = scratch / "nginx.conf"
-    configuration.write_text(_CONFIGURATION.format(place=scratch, address=address, blobs=store / "blobs"))
+    configuration.write_text(_CONFIGURATION.format(place=scratch, address=address, blobs=blobs))
     process = subprocess.Popen([NGINX, "-c", str(configuration), "-e", str(scratch / "nginx.log")])
     try:
         _wait_for(address)
-        yield Served(address, process.pid)
+        yield Served(address, process.pid, address)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)

@@ -201,10 +201,18 @@ class Downloads:
 
 def is_cached(descriptor: int, offset: int, size: int) -> bool:
     """Whether a part of a file is in the page cache, as far as its two ends tell."""
+    flags = os.RWF_NOWAIT if _can_read_now else 0
     try:
-        return bool(_read_now(descriptor, 1, offset) and _read_now(descriptor, 1, offset + size - 1))
-    except WouldWait:
+        return all(os.preadv(descriptor, _one_byte, at, flags) for at in (offset, offset + size - 1))
+    except BlockingIOError:
         return False
+    except OSError:
+        # A file system that can't tell, which is found out once.
+        return bool(_read_now(descriptor, 1, offset))
+
+
+_one_byte = [bytearray(1)]
+"""For what nobody looks at."""
 
 
 def warm(descriptor: int, offset: int, size: int) -> None:

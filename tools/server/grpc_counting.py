@@ -14,11 +14,12 @@ from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.methods import Method
 from tools.server.grpc_adapter import Handler
 from tools.server.metrics import Half, Metrics
-from tools.server.recent import Recent
+from tools.server.recent import Named, Recent
 from tools.server.requests import get_function, read_digest
 
 _LOOKUPS = {methods.GET_ACTION_RESULT: Half.RESULT, methods.READ: Half.BLOB}
 _RESULTS = {methods.GET_ACTION_RESULT: "hit", methods.UPDATE_ACTION_RESULT: "stored"}
+_SMALL_BYTES = 1 << 10
 _Behaviour = Callable[[Any, Any], Awaitable[bytes | None]]
 
 
@@ -32,9 +33,9 @@ class GrpcCounting:
     def wrap(self, method: Method, handler: Handler) -> Handler:
         """The same handler, counted."""
         inner: Any = handler
-        if method.streams_in:
+        if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(self._counted(method, inner.stream_unary))
-        if method.streams_out:
+        if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(self._counted(method, inner.unary_stream))
         return grpc.unary_unary_rpc_method_handler(self._counted(method, inner.unary_unary))
 
@@ -71,13 +72,22 @@ class GrpcCounting:
                     self._metrics.note_lookup(Half.BLOB, hit=hit, number=number)
 
     def _note_result(self, method: Method, raw: bytes) -> None:
-        request = cast("reapi.GetActionResultRequest", method.request.FromString(raw))
-        try:
-            function = get_function(request.digest_function, [request.action_digest.hash])
-            action = read_digest(request.action_digest, function)
-        except BadDigest:
-            return  # the service would have refused it
-        self._recent.note(request.instance_name, action, _RESULTS[method])
+        what = _RESULTS[method]
+        if method is methods.GET_ACTION_RESULT and len(raw) <= _SMALL_BYTES:
+            self._recent.note_message(raw, what)
+        elif (named := read_named(raw, method)) is not None:
+            instance, action, _ = named
+            self._recent.note(instance, action, what)
+
+
+def read_named(message: bytes, method: Method = methods.GET_ACTION_RESULT) -> Named | None:
+    """What a request about an action's result is about, for `Recent`."""
+    request = cast("reapi.GetActionResultRequest", method.request.FromString(message))
+    try:
+        function = get_function(request.digest_function, [request.action_digest.hash])
+        return request.instance_name, read_digest(request.action_digest, function), False
+    except BadDigest:
+        return None  # the service would have refused it
 
 
 class _Call:

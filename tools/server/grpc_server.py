@@ -28,6 +28,9 @@ class GrpcServer:
         self._server = grpc.aio.server(options=limits.options())
         self._adapter = GrpcAdapter(services, access, limits)
         self._adapter.register(self._server, wrap)
+        # What is generated registers methods, beside handing its handlers over, which is enough: grpcio waits for the
+        # next call with a task for each registered method, and all of them are looked at for each call.
+        self._server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
         # Neither asks for a token: who checks whether a server lives needn't be able to use it.
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

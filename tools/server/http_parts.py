@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from store.repository import Store
 from tools.server.access import Access
-from tools.server.grpc_counting import GrpcCounting
+from tools.server.grpc_counting import GrpcCounting, read_named
 from tools.server.http_adapter import HttpAdapter
 from tools.server.http_cache import HttpCache
 from tools.server.http_server import HttpLimits, HttpServer
@@ -26,7 +26,7 @@ class HttpParts:
         self._store = store
         self._limit = limit
         self.metrics = Metrics(self._sizes)
-        self._recent = Recent(self.metrics.lookups)
+        self._recent = Recent(self.metrics.lookups, read=read_named)
         self.reports: tuple[ReportTaker, ...] = (self.metrics, self._recent)
         """Who wants to know of actions that are run."""
         self.counting = GrpcCounting(self.metrics, self._recent)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -79,18 +80,23 @@ class Metrics:
         if shared:
             MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
         own = None if shared else self._registry
-        self._requests = Counter(
+        requests = Counter(
             "casfs_requests", "Requests, by what they ended with.", ("transport", "method", "status"), registry=own
         )
-        self._seconds = Histogram(
+        seconds = Histogram(
             "casfs_request_seconds", "How long they took.", ("transport", "method"), buckets=_BUCKETS, registry=own
         )
-        self._bytes = Counter(
+        transferred = Counter(
             "casfs_transferred_bytes", "Bytes of bodies and messages.", ("transport", "direction"), registry=own
         )
-        self._lookups = Counter(
+        lookups = Counter(
             "casfs_lookups", "Blobs and action results that were asked for.", ("half", "outcome"), registry=own
         )
+        # The library makes texts of labels and takes a lock for each count: four fifths of what counting a call costs.
+        self._requests = cache(requests.labels)
+        self._seconds = cache(seconds.labels)
+        self._bytes = cache(transferred.labels)
+        self._lookups = cache(lookups.labels)
         self._evictions = Counter("casfs_evicted_files", "Files that collections removed.", registry=own)
         self._evicted = Counter("casfs_evicted_bytes", "Their bytes.", registry=own)
         self._uploads = Gauge(
@@ -112,19 +118,19 @@ class Metrics:
 
     def note_request(self, transport: str, method: str, status: str, seconds: float) -> None:
         """A request ended."""
-        self._requests.labels(transport, method, status).inc()
-        self._seconds.labels(transport, method).observe(seconds)
+        self._requests(transport, method, status).inc()
+        self._seconds(transport, method).observe(seconds)
 
     def note_bytes(self, transport: str, received: int, sent: int) -> None:
         """So many bytes came and went."""
         if received:
-            self._bytes.labels(transport, "in").inc(received)
+            self._bytes(transport, "in").inc(received)
         if sent:
-            self._bytes.labels(transport, "out").inc(sent)
+            self._bytes(transport, "out").inc(sent)
 
     def note_lookup(self, half: Half, *, hit: bool, number: int = 1) -> None:
         """Something was found, or not."""
-        self._lookups.labels(half.value, "hit" if hit else "miss").inc(number)
+        self._lookups(half.value, "hit" if hit else "miss").inc(number)
 
     def note_upload(self, change: int) -> None:
         """One more is open (1), or one less (-1)."""

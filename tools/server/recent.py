@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from store.digest import Digest
@@ -35,6 +36,19 @@ class ResultEvent(NamedTuple):
     opaque: bool
 
 
+@dataclass(slots=True)
+class _Noted:
+    """As in `ResultEvent`."""
+
+    when: float
+    what: str
+    hits: int
+
+
+Named = tuple[str, Digest, bool]
+"""An instance, an action, and whether its result is opaque."""
+
+
 class Sample(NamedTuple):
     """Lookups within the `SAMPLE_SECONDS` before `when`."""
 
@@ -45,10 +59,17 @@ class Sample(NamedTuple):
 class Recent:
     """Remembers a bounded number of events and samples. Used in the loop's thread."""
 
-    def __init__(self, lookups: Callable[[], Lookups], now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        lookups: Callable[[], Lookups],
+        now: Callable[[], float] = time.time,
+        read: Callable[[bytes], Named | None] = lambda message: None,
+    ) -> None:
+        """`read` says what a message is about, None where it can't be told."""
         self._lookups = lookups
         self._now = now
-        self._results: OrderedDict[tuple[str, Digest, bool], ResultEvent] = OrderedDict()
+        self._read = read
+        self._results: OrderedDict[Named | bytes, _Noted] = OrderedDict()
         self._samples: deque[Sample] = deque(maxlen=_SAMPLES)
         self._before = Lookups(0, 0)
         self._actions: deque[Report] = deque(maxlen=_ACTIONS)
@@ -68,10 +89,16 @@ class Recent:
 
     def note(self, instance: str, action: Digest, what: str, *, opaque: bool = False) -> None:
         """An action's result was found ("hit") or stored."""
-        key = (instance, action, opaque)
+        self._note((instance, action, opaque), what)
+
+    def note_message(self, message: bytes, what: str) -> None:
+        """The same, of the action that a message names: a small one, as it is read when somebody looks."""
+        self._note(message, what)
+
+    def _note(self, key: Named | bytes, what: str) -> None:
         before = self._results.pop(key, None)
         hits = (before.hits if before else 0) + (what == "hit")
-        self._results[key] = ResultEvent(self._now(), instance, action, what, hits, opaque)
+        self._results[key] = _Noted(self._now(), what, hits)
         if len(self._results) > _RESULTS:
             self._results.popitem(last=False)
 
@@ -85,8 +112,20 @@ class Recent:
     @property
     def results(self) -> list[ResultEvent]:
         """The newest first."""
+        found: dict[Named, ResultEvent] = {}
         # A copy in one go: the loop's thread may be adding to it.
-        return list(self._results.values())[::-1]
+        for key, noted in list(self._results.items())[::-1]:
+            named = self._read(key) if isinstance(key, bytes) else key
+            if named is None:
+                continue
+            # Clients may ask for the same in other words.
+            newer = found.get(named)
+            if newer is not None:
+                found[named] = newer._replace(hits=newer.hits + noted.hits)
+            else:
+                instance, action, opaque = named
+                found[named] = ResultEvent(noted.when, instance, action, noted.what, noted.hits, opaque)
+        return list(found.values())
 
     @property
     def samples(self) -> list[Sample]:

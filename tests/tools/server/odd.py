@@ -19,7 +19,7 @@ from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.server.access import Anybody
 from tools.server.downloads import Reader, no_head
 from tools.server.errors import InvalidArgument, Unimplemented
-from tools.server.grpc_adapter import GrpcLimits
+from tools.server.grpc_adapter import GrpcLimits, Wrap
 from tools.server.grpc_server import GrpcServer
 from tools.server.requests import get_function, read_digest
 from tools.server.services import Services
@@ -116,8 +116,8 @@ class _Actions(_Layer):
 
 
 @contextmanager
-def serving(store: Store, odd: Odd | None = None) -> Iterator[str]:
-    """A server of a store, in this process; its URL."""
+def serving(store: Store, odd: Odd | None = None, wrap: Wrap = lambda method, handler: handler) -> Iterator[str]:
+    """A server of a store, in this process; its URL. `wrap` goes around each method."""
     odd = odd or Odd()
     ready: Future[int] = Future()
     loop = asyncio.new_event_loop()
@@ -133,7 +133,7 @@ def serving(store: Store, odd: Odd | None = None) -> Iterator[str]:
             setattr(layered, name, layer(getattr(services, name), odd, store))
 
         async def main() -> None:
-            server = GrpcServer(services, Anybody(), GrpcLimits())
+            server = GrpcServer(services, Anybody(), GrpcLimits(), wrap)
             ready.set_result(server.listen("127.0.0.1:0", None))
             await server.start()
             await stop.wait()

@@ -122,6 +122,27 @@ def test_a_blob_of_5_gib_passes_through_without_being_held(shared: Server) -> No
 # Reading
 
 
+@pytest.mark.parametrize(
+    ("size", "messages"),
+    [
+        (1, [1]),
+        (64 << 10, [64 << 10]),
+        (65 << 10, [65 << 10, 0]),
+        (256 << 10, [256 << 10, 0]),
+        (257 << 10, [256 << 10, 1 << 10]),
+    ],
+)
+def test_what_is_read_comes_in_pieces_and_the_last_is_a_small_one(
+    client: Client, size: int, messages: list[int]
+) -> None:
+    data = random.Random(size).randbytes(size)
+    client.write(SHA256.of(data), data)
+    request = bytestream.ReadRequest(resource_name=str(name_of(SHA256.of(data))))
+    received = [response.data for response in client.call(methods.READ, request)]
+    assert b"".join(received) == data
+    assert [len(piece) for piece in received] == messages
+
+
 def test_a_read_begins_and_ends_where_it_is_told(client: Client) -> None:
     [digest] = client.add(b"0123456789")
     assert client.read(digest, offset=3) == b"3456789"

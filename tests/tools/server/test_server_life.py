@@ -287,6 +287,19 @@ def test_a_client_that_sends_nothing_for_long_is_given_up(casfs: Casfs) -> None:
         assert code_of(caught.value) == "DEADLINE_EXCEEDED"
 
 
+def test_a_client_that_takes_nothing_for_long_is_given_up(casfs: Casfs) -> None:
+    data = random.Random(5).randbytes(30 << 20)
+    with running(casfs, "--idle-timeout", "1s") as server, connected(server) as client:
+        client.write(SHA256.of(data), data)
+        request = bytestream.ReadRequest(resource_name=str(ResourceName("", SHA256.of(data))))
+        responses = client.call(methods.READ, request)
+        next(responses)
+        time.sleep(2)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(responses)
+        assert code_of(caught.value) == "DEADLINE_EXCEEDED"
+
+
 def test_a_client_that_vanishes_in_mid_upload_can_come_back(casfs: Casfs) -> None:
     data = b"0123456789" * 1000
     digest = SHA256.of(data)

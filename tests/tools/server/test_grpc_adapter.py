@@ -1,0 +1,59 @@
+"""How the services' answers go out over gRPC: in how many steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from store.repository import Store
+from tests.tools.server.conftest import SHA256, Client
+from tests.tools.server.odd import serving
+from tools.reapi import methods
+from tools.reapi.methods import Method
+from tools.server.grpc_adapter import Handler
+
+
+class Writes:
+    """Notes the size of what a method writes before its end."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def wrap(self, method: Method, handler: Handler) -> Handler:
+        if method is not methods.READ:
+            return handler
+        inner: Any = handler
+        noted = self.sizes
+
+        class Context:
+            def __init__(self, real: Any) -> None:
+                self._real = real
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._real, name)
+
+            async def write(self, message: bytes) -> None:
+                noted.append(len(message))
+                await self._real.write(message)
+
+        async def handle(raw: bytes, context: Any) -> bytes:
+            answer: bytes = await inner.unary_unary(raw, Context(context))
+            return answer
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def test_a_small_blob_goes_out_in_one_step_with_its_status(store: Store) -> None:
+    writes = Writes()
+    small, large = b"small", bytes(300 << 10)
+    with serving(store, wrap=writes.wrap) as url:
+        client = Client(url.removeprefix("grpc://"))
+        try:
+            client.add(small, large)
+            assert client.read(SHA256.of(small)) == small
+            assert writes.sizes == []
+            assert client.read(SHA256.of(large)) == large
+        finally:
+            client.close()
+    assert [size >> 10 for size in writes.sizes] == [256], "and 44 KiB with the status"
