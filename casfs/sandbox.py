@@ -9,8 +9,9 @@
 The input root lies below an overlayfs (`casfs.projection`) whose upper layer is
 a scratch directory, so writes are native and inputs never change. All mounts
 are made in the mount namespace that `enter_namespace` made: they vanish with
-this process, however it ends, and so does the command (bubblewrap's
---die-with-parent). What can stay is scratch, which the next `Sandboxes` clears.
+this process, however it ends, and so does the command: by bubblewrap's
+--die-with-parent, and where that comes too early by a guard (`casfs.orphans`).
+What can stay is scratch, which the next `Sandboxes` clears.
 
 A `Sandboxes` keeps warm what its sandboxes share, so a program that opens many
 has one. They may be opened and used from different threads, each from one;
@@ -33,6 +34,7 @@ from casfs import bubblewrap
 from casfs.bubblewrap import PLACE, TEMPORARY, Watcher
 from casfs.capture import Captured, Taken, capture, check_output_paths, take
 from casfs.errors import MissingCapability, SandboxError
+from casfs.guarding import Guard
 from casfs.host_view import HostViews
 from casfs.layers import Layouts
 from casfs.projection import Projection, Projector
@@ -116,17 +118,21 @@ class Sandboxes:
         engine: str = "auto",
         layouts: Layouts | None = None,
         volatile: bool = True,
+        guard: Guard | None = None,
     ) -> None:
         """`scratch` is where scratch directories are made, else beside the blobs.
 
         From there outputs enter the store without a copy. `layouts`: where
         engine kernel gets its layers from, if they shall not be of this
-        process. `volatile`: nothing of scratch is synced to the disk. Raises
+        process. `volatile`: nothing of scratch is synced to the disk. `guard`
+        ends commands if this process is killed (`casfs.orphans`). Raises
         MissingCapability, SandboxError.
         """
         self.store = store
         self.projector = Projector(store, engine, layouts)
         self._space = ScratchSpace((scratch or store.layout.root / "scratch").absolute())
+        if guard is not None:
+            guard.note(os.fsencode(self._space.directory))
         self._volatile = volatile
         self.host_views = HostViews(self._space.directory)
         # Unmounting waits for the kernel to be sure that nobody looks, several milliseconds: not the next action's.

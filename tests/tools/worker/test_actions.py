@@ -224,6 +224,18 @@ def test_what_this_worker_is_not_is_a_failed_precondition(remote: Remote) -> Non
     assert remote.run(["true"], platform={"OSFamily": "Linux", "ISA": machine}).status.code == 0
 
 
+def test_the_network_is_for_those_that_ask_for_it(casfs: Casfs, requires: Requirements) -> None:
+    requires.programs("bwrap")
+    with executing(casfs, "--network") as server, remote_of(server) as remote:
+        host = os.readlink(f"/proc/{server.process.pid}/ns/net")
+        # The first is set up in another way than those after it.
+        for salt in (b"first", b"second", b"third"):
+            for wanted in ("true", "false"):
+                response = remote.run(["readlink", "/proc/self/ns/net"], salt=salt, platform={"network": wanted})
+                seen = remote.blob(response.result.stdout_digest).decode().strip()
+                assert seen.startswith("net:[") and (seen == host) == (wanted == "true")
+
+
 # What is told of actions
 
 
