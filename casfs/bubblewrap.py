@@ -86,11 +86,12 @@ def host_names(network: bool) -> list[str]:
 
 
 @lru_cache
-def command_line(network: bool, host_root: bool, view: str = "") -> tuple[str, ...]:
+def command_line(network: bool, host_root: bool, view: str = "", devices: str = "") -> tuple[str, ...]:
     """The beginning of its command line: everything but the input root and the command.
 
     What the host's root has is looked up once a process; `view` is where that is
-    mounted already (`casfs.host_view`). Raises MissingCapability.
+    mounted already (`casfs.host_view`), `devices` where a /dev is
+    (`casfs.devices`). Raises MissingCapability.
     """
     program = shutil.which("bwrap")
     if program is None:
@@ -112,7 +113,11 @@ def command_line(network: bool, host_root: bool, view: str = "") -> tuple[str, .
                 words += ["--symlink", os.readlink(path), path]
             elif os.path.isdir(path):
                 words += ["--ro-bind-try", path, path]
-    return (*words, "--proc", "/proc", "--dev", "/dev", "--tmpfs", TEMPORARY)
+    words += ["--proc", "/proc", "--tmpfs", TEMPORARY]
+    words += ["--dev-bind", devices, "/dev"] if devices else ["--dev", "/dev"]
+    words += ["--tmpfs", "/dev/shm"]  # noqa: S108 - the sandbox's own
+    # As one that is lent is: whether there is one shall make no difference.
+    return (*words, *(() if devices else ("--remount-ro", "/dev")))
 
 
 def run(

@@ -25,7 +25,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
@@ -33,6 +33,7 @@ from typing import IO, Self
 from casfs import bubblewrap
 from casfs.bubblewrap import PLACE, TEMPORARY, Watcher
 from casfs.capture import Captured, Taken, capture, check_output_paths, take
+from casfs.devices import Devices
 from casfs.errors import MissingCapability, SandboxError
 from casfs.guarding import Guard
 from casfs.host_view import HostViews
@@ -135,6 +136,7 @@ class Sandboxes:
             guard.note(os.fsencode(self._space.directory))
         self._volatile = volatile
         self.host_views = HostViews(self._space.directory)
+        self.devices = Devices(self._space.directory)
         # Unmounting waits for the kernel to be sure that nobody looks, several milliseconds: not the next action's.
         self._closer = ThreadPoolExecutor(1, "close-sandbox")
 
@@ -173,6 +175,7 @@ class Sandboxes:
         """Take everything away; the sandboxes must have been closed. Harmless when repeated."""
         self._closer.shutdown(wait=True)
         self.projector.close()
+        self.devices.close()
         self.host_views.close()
         self._space.close()
 
@@ -259,30 +262,32 @@ class Sandbox:
         """Run a command and wait until it, and everything it started, has ended.
 
         It sees the input root at `PLACE` (its working directory, or
-        `directory` below it), /proc, a minimal /dev, an empty /tmp, and with
-        `host_root` the host's directories; all else is read-only. The environment is what
+        `directory` below it), /proc, a minimal /dev, an empty /tmp and
+        /dev/shm, and with `host_root` the host's directories; all else is read-only. The environment is what
         is given, and HOME and PATH if not `exactly`; bubblewrap adds PWD.
         `watcher` looks after it. Raises MissingCapability without bubblewrap,
         SandboxError.
         """
         view = self._owner.host_views.find(network) if host_root else ""
-        words: list[str] = [*bubblewrap.command_line(network, host_root, view)]
-        words += ["--bind", str(self.scratch.merged), PLACE]
-        if not view:
-            # As a view is: whether there is one yet shall make no difference.
-            words += ["--remount-ro", "/"]
-        words += ["--chdir", os.path.join(PLACE, directory) if directory else PLACE]
         environment = environment or {}
-        ended = bubblewrap.run(
-            words,
-            command,
-            environment if exactly else _environment(environment, host_root),
-            timeout=timeout,
-            watcher=watcher,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-        )
+        # For a single command, which has no view, it would cost what it saves.
+        with self._owner.devices.lend() if view else nullcontext("") as devices:
+            words: list[str] = [*bubblewrap.command_line(network, host_root, view, devices)]
+            words += ["--bind", str(self.scratch.merged), PLACE]
+            if not view:
+                # As a view is: whether there is one yet shall make no difference.
+                words += ["--remount-ro", "/"]
+            words += ["--chdir", os.path.join(PLACE, directory) if directory else PLACE]
+            ended = bubblewrap.run(
+                words,
+                command,
+                environment if exactly else _environment(environment, host_root),
+                timeout=timeout,
+                watcher=watcher,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+            )
         return Finished(
             ended.code,
             ended.seconds,
