@@ -86,12 +86,15 @@ def host_names(network: bool) -> list[str]:
 
 
 @lru_cache
-def command_line(network: bool, host_root: bool, view: str = "", devices: str = "") -> tuple[str, ...]:
+def command_line(
+    network: bool, host_root: bool, view: str = "", devices: str = "", apart: bool = False
+) -> tuple[str, ...]:
     """The beginning of its command line: everything but the input root and the command.
 
     What the host's root has is looked up once a process; `view` is where that is
     mounted already (`casfs.host_view`), `devices` where a /dev is
-    (`casfs.devices`). Raises MissingCapability.
+    (`casfs.devices`); `apart`: it is started in a network of its own
+    (`casfs.networks`). Raises MissingCapability.
     """
     program = shutil.which("bwrap")
     if program is None:
@@ -102,7 +105,7 @@ def command_line(network: bool, host_root: bool, view: str = "", devices: str = 
         words += ["--cap-drop", "ALL"]
     # Who wrote a directory's mode shall not matter: everything is the action's to write, in its own scratch.
     words += ["--cap-add", "CAP_DAC_OVERRIDE"]
-    if not network:
+    if not network and not apart:
         words.append("--unshare-net")
     if view:
         words += ["--ro-bind", view, "/"]

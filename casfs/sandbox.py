@@ -38,6 +38,7 @@ from casfs.errors import MissingCapability, SandboxError
 from casfs.guarding import Guard
 from casfs.host_view import HostViews
 from casfs.layers import Layouts
+from casfs.networks import Networks
 from casfs.projection import Projection, Projector
 from casfs.scratch import Scratch, ScratchSpace
 from casfs.syscalls import (
@@ -137,6 +138,7 @@ class Sandboxes:
         self._volatile = volatile
         self.host_views = HostViews(self._space.directory)
         self.devices = Devices(self._space.directory)
+        self.networks = Networks()
         # Unmounting waits for the kernel to be sure that nobody looks, several milliseconds: not the next action's.
         self._closer = ThreadPoolExecutor(1, "close-sandbox")
 
@@ -175,6 +177,7 @@ class Sandboxes:
         """Take everything away; the sandboxes must have been closed. Harmless when repeated."""
         self._closer.shutdown(wait=True)
         self.projector.close()
+        self.networks.close()
         self.devices.close()
         self.host_views.close()
         self._space.close()
@@ -270,9 +273,12 @@ class Sandbox:
         """
         view = self._owner.host_views.find(network) if host_root else ""
         environment = environment or {}
-        # For a single command, which has no view, it would cost what it saves.
-        with self._owner.devices.lend() if view else nullcontext("") as devices:
-            words: list[str] = [*bubblewrap.command_line(network, host_root, view, devices)]
+        # For a single command, which has no view, these would cost what they save.
+        with (
+            self._owner.devices.lend() if view else nullcontext("") as devices,
+            self._owner.networks.enter() if view and not network else nullcontext(False) as apart,
+        ):
+            words: list[str] = [*bubblewrap.command_line(network, host_root, view, devices, apart)]
             words += ["--bind", str(self.scratch.merged), PLACE]
             if not view:
                 # As a view is: whether there is one yet shall make no difference.

@@ -19,7 +19,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_MOVE, MS_REC = 4096, 8192, 16384
 MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 
 _SYS_OPEN_TREE, _SYS_OPENAT2, _SYS_MOUNT_SETATTR = 428, 437, 442
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
@@ -86,6 +86,12 @@ def unshare(flags: int) -> None:
 def enter_user_namespace(namespace: int) -> None:
     """setns(2) into the user namespace of that descriptor; `os.setns` comes with Python 3.12."""
     if _libc.setns(namespace, CLONE_NEWUSER):
+        raise _fail("setns")
+
+
+def enter_network(namespace: int) -> None:
+    """setns(2) into the network namespace of that descriptor, with this thread alone."""
+    if _libc.setns(namespace, CLONE_NEWNET):
         raise _fail("setns")
 
 

@@ -345,7 +345,7 @@ class Scheduler:
 
     def _forget_old(self) -> None:
         limit = time.monotonic() - _KEEP_SECONDS
-        old = []
+        old: list[str] = []
         # A few at a time, and without a list of the thousands that are kept.
         for name, execution in islice(self._all.items(), _FORGET_AT_ONCE):
             if not execution.done:
