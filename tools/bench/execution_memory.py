@@ -94,7 +94,7 @@ def run(settings: Settings) -> Outcome:
         outcome.notes.append("bwrap is not installed")
         return outcome
     # As many as are remembered for who comes back, and a few more: then it may grow no longer.
-    warm, step, steps = settings.size(2_000, 20), settings.size(4_000, 20), 3
+    warm, step, steps = settings.size(2_000, 20), settings.size(3_000, 20), 3
     with serving([*casfs_command(settings.scratch / "store"), "--execute", "--host-root"]) as server:
         actions = Actions(server.address, [b"shared %d\n" % number for number in range(_SHARED)])
         try:

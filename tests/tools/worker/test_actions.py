@@ -95,6 +95,8 @@ def test_nothing_can_be_written_but_where_it_should(casfs: Casfs, requires: Requ
         for salt in (b"first", b"second", b"third"):
             response = remote.run(["sh", "-c", script], salt=salt)
             assert remote.blob(response.result.stdout_digest).split() == [b"/build", b"/tmp", b"/dev/shm"]
+            setting = remote.sh("echo 1 > /proc/sys/net/ipv4/ip_forward", salt=salt)
+            assert setting.result.exit_code, "its network may be another's afterwards"
 
 
 def test_absolute_symbolic_links_lead_to_what_the_sandbox_has(remote: Remote) -> None:
