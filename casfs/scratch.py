@@ -114,7 +114,9 @@ def remove_tree(top: Path) -> None:
     directories = [os.fsencode(top)]
     for path in directories:
         with suppress(OSError):
-            os.chmod(path, 0o700)
+            # Not in any case: it would change what is removed at once.
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                os.chmod(path, 0o700)
             with os.scandir(path) as listing:
                 for item in listing:
                     if item.is_dir(follow_symlinks=False):
