@@ -359,14 +359,14 @@ def test_a_server_killed_before_its_command_has_begun_leaves_nothing(
 
 def test_an_ordinary_users_killed_server_leaves_nothing(nobody: Casfs, requires: Requirements) -> None:
     requires.programs("bwrap")
+    word = unique()
     for _ in range(3):
-        word = unique()
         with executing(nobody) as server, remote_of(server) as remote:
             states = remote.begin(sleeping(remote, word))
-            wait_for(lambda word=word: live_processes(word))
+            wait_for(lambda: live_processes(word))
             server.stop(signal.SIGKILL)
             del states
-            wait_for(lambda word=word: not live_processes(word))
+            wait_for(lambda: not live_processes(word))
 
 
 def check_next_start(casfs: Casfs, killed: int) -> None:
