@@ -12,8 +12,8 @@ say that it was held up.
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import resource
 import select
 import shutil
@@ -86,11 +86,15 @@ def host_names(network: bool) -> list[str]:
 
 
 @lru_cache
-def command_line(network: bool, host_root: bool, view: str = "") -> tuple[str, ...]:
+def command_line(
+    network: bool, host_root: bool, view: str = "", devices: str = "", apart: bool = False
+) -> tuple[str, ...]:
     """The beginning of its command line: everything but the input root and the command.
 
     What the host's root has is looked up once a process; `view` is where that is
-    mounted already (`casfs.host_view`). Raises MissingCapability.
+    mounted already (`casfs.host_view`), `devices` where a /dev is
+    (`casfs.devices`); `apart`: it is started in a network of its own
+    (`casfs.networks`). Raises MissingCapability.
     """
     program = shutil.which("bwrap")
     if program is None:
@@ -101,7 +105,7 @@ def command_line(network: bool, host_root: bool, view: str = "") -> tuple[str, .
         words += ["--cap-drop", "ALL"]
     # Who wrote a directory's mode shall not matter: everything is the action's to write, in its own scratch.
     words += ["--cap-add", "CAP_DAC_OVERRIDE"]
-    if not network:
+    if not network and not apart:
         words.append("--unshare-net")
     if view:
         words += ["--ro-bind", view, "/"]
@@ -112,7 +116,11 @@ def command_line(network: bool, host_root: bool, view: str = "") -> tuple[str, .
                 words += ["--symlink", os.readlink(path), path]
             elif os.path.isdir(path):
                 words += ["--ro-bind-try", path, path]
-    return (*words, "--proc", "/proc", "--dev", "/dev", "--tmpfs", TEMPORARY)
+    words += ["--proc", "/proc", "--tmpfs", TEMPORARY]
+    words += ["--dev-bind", devices, "/dev"] if devices else ["--dev", "/dev"]
+    words += ["--tmpfs", "/dev/shm"]  # noqa: S108 - the sandbox's own
+    # As one that is lent is: whether there is one shall make no difference.
+    return (*words, *(() if devices else ("--remount-ro", "/dev")))
 
 
 def run(
@@ -250,13 +258,12 @@ class _Watched:
 
 
 def find_number(said: bytes, name: str) -> int | None:
-    """A number of bubblewrap's JSON status, or None where it didn't come to say it."""
-    for line in said.splitlines():
-        with suppress(ValueError):
-            number = json.loads(line).get(name)
-            if isinstance(number, int):
-                return number
-    return None
+    """A number of bubblewrap's JSON status, or None where it didn't come to say it.
+
+    There are no other texts in it than names, so it needn't be parsed.
+    """
+    match = re.search(rb'"%s": *(\d+)' % name.encode(), said)
+    return None if match is None else int(match[1])
 
 
 def _wait_ended(first: int) -> None:

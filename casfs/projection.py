@@ -45,6 +45,9 @@ class Projection(Protocol):
     def upcalls(self) -> int:
         """How many requests of the kernel were answered for it so far."""
 
+    def opened(self) -> int | None:
+        """How many of its files were opened so far, where that is known: where it is traced."""
+
     def close(self) -> None:
         """Take the mounts away."""
 
@@ -157,6 +160,9 @@ class _Layered:
     def upcalls(self) -> int:
         """Those for blobs that were missing, for all sandboxes meanwhile that share the layers."""
         return self._layouts.upcalls() - self._before
+
+    def opened(self) -> int | None:
+        return None
 
     def close(self) -> None:
         self._parts.close()

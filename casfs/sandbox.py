@@ -9,8 +9,9 @@
 The input root lies below an overlayfs (`casfs.projection`) whose upper layer is
 a scratch directory, so writes are native and inputs never change. All mounts
 are made in the mount namespace that `enter_namespace` made: they vanish with
-this process, however it ends, and so does the command (bubblewrap's
---die-with-parent). What can stay is scratch, which the next `Sandboxes` clears.
+this process, however it ends, and so does the command: by bubblewrap's
+--die-with-parent, and where that comes too early by a guard (`casfs.orphans`).
+What can stay is scratch, which the next `Sandboxes` clears.
 
 A `Sandboxes` keeps warm what its sandboxes share, so a program that opens many
 has one. They may be opened and used from different threads, each from one;
@@ -24,7 +25,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
@@ -32,9 +33,12 @@ from typing import IO, Self
 from casfs import bubblewrap
 from casfs.bubblewrap import PLACE, TEMPORARY, Watcher
 from casfs.capture import Captured, Taken, capture, check_output_paths, take
+from casfs.devices import Devices
 from casfs.errors import MissingCapability, SandboxError
+from casfs.guarding import Guard
 from casfs.host_view import HostViews
 from casfs.layers import Layouts
+from casfs.networks import Networks
 from casfs.projection import Projection, Projector
 from casfs.scratch import Scratch, ScratchSpace
 from casfs.syscalls import (
@@ -116,19 +120,25 @@ class Sandboxes:
         engine: str = "auto",
         layouts: Layouts | None = None,
         volatile: bool = True,
+        guard: Guard | None = None,
     ) -> None:
         """`scratch` is where scratch directories are made, else beside the blobs.
 
         From there outputs enter the store without a copy. `layouts`: where
         engine kernel gets its layers from, if they shall not be of this
-        process. `volatile`: nothing of scratch is synced to the disk. Raises
+        process. `volatile`: nothing of scratch is synced to the disk. `guard`
+        ends commands if this process is killed (`casfs.orphans`). Raises
         MissingCapability, SandboxError.
         """
         self.store = store
         self.projector = Projector(store, engine, layouts)
         self._space = ScratchSpace((scratch or store.layout.root / "scratch").absolute())
+        if guard is not None:
+            guard.note(os.fsencode(self._space.directory))
         self._volatile = volatile
         self.host_views = HostViews(self._space.directory)
+        self.devices = Devices(self._space.directory)
+        self.networks = Networks()
         # Unmounting waits for the kernel to be sure that nobody looks, several milliseconds: not the next action's.
         self._closer = ThreadPoolExecutor(1, "close-sandbox")
 
@@ -167,6 +177,8 @@ class Sandboxes:
         """Take everything away; the sandboxes must have been closed. Harmless when repeated."""
         self._closer.shutdown(wait=True)
         self.projector.close()
+        self.networks.close()
+        self.devices.close()
         self.host_views.close()
         self._space.close()
 
@@ -253,30 +265,35 @@ class Sandbox:
         """Run a command and wait until it, and everything it started, has ended.
 
         It sees the input root at `PLACE` (its working directory, or
-        `directory` below it), /proc, a minimal /dev, an empty /tmp, and with
-        `host_root` the host's directories; all else is read-only. The environment is what
+        `directory` below it), /proc, a minimal /dev, an empty /tmp and
+        /dev/shm, and with `host_root` the host's directories; all else is read-only. The environment is what
         is given, and HOME and PATH if not `exactly`; bubblewrap adds PWD.
         `watcher` looks after it. Raises MissingCapability without bubblewrap,
         SandboxError.
         """
         view = self._owner.host_views.find(network) if host_root else ""
-        words: list[str] = [*bubblewrap.command_line(network, host_root, view)]
-        words += ["--bind", str(self.scratch.merged), PLACE]
-        if not view:
-            # As a view is: whether there is one yet shall make no difference.
-            words += ["--remount-ro", "/"]
-        words += ["--chdir", os.path.join(PLACE, directory) if directory else PLACE]
         environment = environment or {}
-        ended = bubblewrap.run(
-            words,
-            command,
-            environment if exactly else _environment(environment, host_root),
-            timeout=timeout,
-            watcher=watcher,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-        )
+        # For a single command, which has no view, these would cost what they save.
+        with (
+            self._owner.devices.lend() if view else nullcontext("") as devices,
+            self._owner.networks.enter() if view and not network else nullcontext(False) as apart,
+        ):
+            words: list[str] = [*bubblewrap.command_line(network, host_root, view, devices, apart)]
+            words += ["--bind", str(self.scratch.merged), PLACE]
+            if not view:
+                # As a view is: whether there is one yet shall make no difference.
+                words += ["--remount-ro", "/"]
+            words += ["--chdir", os.path.join(PLACE, directory) if directory else PLACE]
+            ended = bubblewrap.run(
+                words,
+                command,
+                environment if exactly else _environment(environment, host_root),
+                timeout=timeout,
+                watcher=watcher,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+            )
         return Finished(
             ended.code,
             ended.seconds,

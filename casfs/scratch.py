@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 from casfs.errors import MissingCapability, SandboxError
+from casfs.orphans import end_commands
 from store.sessions import make_locked_directory
 
 _PREFIX = "sandboxes-"
-_END_MILLISECONDS = 10_000
 
 
 class Scratch:
@@ -97,7 +95,7 @@ def clear_leftovers(base: Path) -> int:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _end_commands(directory)
+            end_commands(directory)
             remove_tree(directory)
             cleared += 1
         except BlockingIOError:
@@ -105,32 +103,6 @@ def clear_leftovers(base: Path) -> int:
         finally:
             os.close(lock)
     return cleared
-
-
-def _end_commands(directory: Path) -> None:
-    """End commands in sandboxes of a dead owner.
-
-    bubblewrap ends with its parent, and the command with it; but one whose
-    parent dies while it makes its namespaces doesn't notice, and goes on.
-    """
-    below = os.fsencode(directory) + b"/"
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            if os.path.basename(os.readlink(f"/proc/{name}/exe")) != "bwrap":
-                continue
-            process = os.pidfd_open(int(name))
-        except OSError:
-            continue
-        # Looked at once more, now that the number can't be another's any more.
-        with open(process, "rb", buffering=0), suppress(OSError):
-            words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
-            if any(word.startswith(below) for word in words):
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-                poll = select.poll()
-                poll.register(process, select.POLLIN)
-                poll.poll(_END_MILLISECONDS)
 
 
 def remove_tree(top: Path) -> None:
@@ -142,7 +114,9 @@ def remove_tree(top: Path) -> None:
     directories = [os.fsencode(top)]
     for path in directories:
         with suppress(OSError):
-            os.chmod(path, 0o700)
+            # Not in any case: it would change what is removed at once.
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                os.chmod(path, 0o700)
             with os.scandir(path) as listing:
                 for item in listing:
                     if item.is_dir(follow_symlinks=False):

@@ -23,7 +23,7 @@ from store.repository import Store
 from store.trees import get_directory
 
 if TYPE_CHECKING:
-    from casfs.tracing import Tracing
+    from casfs.tracing import Tracer, Tracing
 
 
 class Served:
@@ -54,13 +54,13 @@ class Served:
             parts.callback(contents.close)
             device = attach(self._place)
             parts.callback(os.close, device)
-            tracer = None
+            self._tracer: Tracer | None = None
             if trace is not None:
                 from casfs.tracing import Tracer
 
-                tracer = Tracer(trace.path, root, self.engine, trace.outputs)
-                parts.callback(tracer.close)
-            self._session = make_session(device, tree, contents, passthrough, tracer)
+                self._tracer = Tracer(trace.path, root, self.engine, trace.outputs)
+                parts.callback(self._tracer.close)
+            self._session = make_session(device, tree, contents, passthrough, self._tracer)
             self._thread = threading.Thread(target=self._session.run, name=f"session {self._place}", daemon=True)
             parts.callback(self._end)
             self._session.begin()
@@ -78,6 +78,9 @@ class Served:
 
     def upcalls(self) -> int:
         return sum(self._session.statistics()["upcalls"].values())
+
+    def opened(self) -> int | None:
+        return None if self._tracer is None else self._tracer.opened()
 
     def close(self) -> None:
         self._parts.close()

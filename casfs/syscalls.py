@@ -15,10 +15,11 @@ from typing import NewType
 
 BackingId = NewType("BackingId", int)
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_MOVE, MS_REC = 1, 2, 4, 4096, 8192, 16384
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_MOVE, MS_REC = 4096, 8192, 16384
 MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x20000, 0x10000000, 0x40000000
 
 _SYS_OPEN_TREE, _SYS_OPENAT2, _SYS_MOUNT_SETATTR = 428, 437, 442
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
@@ -88,6 +89,12 @@ def enter_user_namespace(namespace: int) -> None:
         raise _fail("setns")
 
 
+def enter_network(namespace: int) -> None:
+    """setns(2) into the network namespace of that descriptor, with this thread alone."""
+    if _libc.setns(namespace, CLONE_NEWNET):
+        raise _fail("setns")
+
+
 def keep_capabilities() -> None:
     """Let the programs that this process becomes have its capabilities, in its user namespace: they become ambient."""
     data = (ctypes.c_uint32 * 6)()
@@ -104,18 +111,22 @@ def keep_capabilities() -> None:
             raise _fail("prctl")
 
 
-def clone_mount(place: int | str | bytes | os.PathLike[str], *, read_only: bool, recursive: bool = True) -> int:
+def clone_mount(
+    place: int | str | bytes | os.PathLike[str], *, read_only: bool, recursive: bool = True, devices: bool = False
+) -> int:
     """A descriptor of a copy of what is mounted at a path, or where a descriptor is, attached nowhere.
 
-    The half of a bind mount; `recursive`: with all that is mounted below. Needs CAP_SYS_ADMIN.
+    The half of a bind mount; `recursive`: with all that is mounted below; `devices`: those can be opened. Needs
+    CAP_SYS_ADMIN.
     """
     directory, path, at = (place, b"", _AT_EMPTY_PATH) if isinstance(place, int) else (-100, os.fsencode(place), 0)
     below = _AT_RECURSIVE if recursive else 0
     flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | at | below
     copy = syscall(f"open_tree {os.fsdecode(path)}", _SYS_OPEN_TREE, directory, ctypes.c_char_p(path), flags)
-    attributes = struct.pack(
-        "<QQQQ", _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | (_MOUNT_ATTR_RDONLY if read_only else 0), 0, 0, 0
-    )
+    wanted = _MOUNT_ATTR_NOSUID
+    wanted |= 0 if devices else _MOUNT_ATTR_NODEV
+    wanted |= _MOUNT_ATTR_RDONLY if read_only else 0
+    attributes = struct.pack("<QQQQ", wanted, 0, 0, 0)
     flags = _AT_EMPTY_PATH | below
     try:
         syscall(f"mount_setattr {os.fsdecode(path)}", _SYS_MOUNT_SETATTR, copy, b"", flags, attributes, len(attributes))

@@ -68,6 +68,7 @@ class Tracer:
         # Under the lock:
         self._seen: set[tuple[Kind, int, int]] = set()
         self._missed: set[tuple[int, bytes]] = set()
+        self._opened: set[NodeId] = set()
         self._commands: dict[int, str] = {}
         self._write(encode_header(Header(root, engine, outputs)))
 
@@ -81,6 +82,8 @@ class Tracer:
                 self._seen.add(key)
                 process = _process_of(thread)
                 if process != self._own:
+                    if kind in (Kind.OPEN, Kind.EXEC):
+                        self._opened.add(node)
                     self._put(kind, process, tree.path_of(node))
 
     def note_miss(self, thread: int, tree: Tree, parent: NodeId, name: bytes) -> None:
@@ -96,6 +99,11 @@ class Tracer:
                 self._missed.add(key)
                 above = tree.path_of(parent)
                 self._put(Kind.MISS, process, above + b"/" + name if above else name)
+
+    def opened(self) -> int:
+        """How many files were opened so far."""
+        with self._lock:
+            return len(self._opened)
 
     def _put(self, kind: Kind, process: int, path: bytes) -> None:
         command = _command_of(process)

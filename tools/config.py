@@ -72,6 +72,7 @@ class Settings:
     worker_buildbarn: str | None = None
     worker_name: str | None = None
     worker_http_listen: str | None = None
+    worker_insecure: bool = False
     worker_size_class: int = 0
     worker_token: Path | None = None
     worker_tls_ca: Path | None = None
@@ -234,6 +235,7 @@ KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "worker.buildbarn": ("worker_buildbarn", _text),
     "worker.name": ("worker_name", _text),
     "worker.http-listen": ("worker_http_listen", _text),
+    "worker.insecure": ("worker_insecure", _yes_or_no),
     "worker.size-class": ("worker_size_class", _number(0, (1 << 32) - 1)),
     "worker.token": ("worker_token", _path),
     "worker.tls-ca": ("worker_tls_ca", _path),

@@ -244,6 +244,11 @@ def test_remote_execution_is_measured_beside_bazels_own_sandbox_and_none(results
         assert measures[f"{shape}: upcalls of all actions", "casfs"]["median"] == 0
 
 
+def test_memory_is_measured_over_a_run_of_many_actions(results: Results) -> None:
+    memory = [measure["median"] for _, measure in sorted(results.measures("execution-memory").items())]
+    assert len(memory) == 4 and all(20 < mebibytes < 200 for mebibytes in memory)
+
+
 def test_local_sandboxes_are_measured_beside_symbolic_links_and_none(results: Results) -> None:
     measures = results.measures("sandboxfs")
     walls = [what for what, side in measures if what.endswith(": wall") and side == "casfs"]

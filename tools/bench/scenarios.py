@@ -26,6 +26,7 @@ MODULES = {
     "http": "server_http",
     "bazel": "bazel_rebuild",
     "execution": "remote_execution",
+    "execution-memory": "execution_memory",
     "server-memory": "server_memory",
     "sandboxfs": "local_sandboxes",
 }
@@ -34,7 +35,7 @@ MODULES = {
 GROUPS = {
     "mounts": ("compile", "files", "bigfile", "million", "ingest", "polling", "upcall"),
     "sandboxes": ("actions", "sandboxes", "run", "capture", "cold", "clones"),
-    "execution": ("execution",),
+    "execution": ("execution", "execution-memory"),
     "sandboxfs": ("sandboxfs",),
     "server": ("server", "http", "bazel"),
 }

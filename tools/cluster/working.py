@@ -46,11 +46,11 @@ class ClusterOptions:
 
 def work(options: ClusterOptions) -> int:
     """Work until SIGTERM or SIGINT; what runs then is finished, or ended by a second signal. Returns an exit code."""
-    prepare_process()
     stop = threading.Event()
     upstream = Upstream(options.upstream, options.sources.timeout)
     sources = replace(options.sources, remote=partial(parts, upstream))
     with (
+        prepare_process() as guard,
         Store.open(options.store, sources=sources) as store,
         logging_to(store.layout.log),
         _counting(options, store) as counted,
@@ -65,7 +65,7 @@ def work(options: ClusterOptions) -> int:
             if counted:
                 counted.metrics.watch_source(source.statistics)
             reports = (counted.metrics,) if counted else ()
-            with LocalWorker(services, source, options.worker, reports, storage) as worker:
+            with LocalWorker(services, source, options.worker, reports, storage, guard) as worker:
                 with _signals(stop.set, source.stop_all):
                     options.announce(f"working for {options.scheduler.url} as {options.member.name}")
                     if counted:

@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show numbers for Prometheus at http://HOST:PORT/metrics, to whoever can connect (default: nowhere)",
     )
     parser.add_argument(
+        "--insecure", action="store_true", default=None, help="show them in plain text to other machines, too"
+    )
+    parser.add_argument(
         "--max-size", metavar="SIZE", help="keep the store below it: what was not used for longest goes"
     )
     add_upstream_arguments(parser)
@@ -86,10 +89,13 @@ def _options(args: argparse.Namespace, settings: Settings) -> ClusterOptions:
         upstream = scheduler
     worker = worker_options(args, settings)
     from tools.cluster.working import ClusterOptions
-    from tools.server.address import Address
+    from tools.server.address import Address, check_plain
     from tools.server.services import ServiceOptions
 
     http_listen = args.http_listen or settings.worker_http_listen
+    http_address = Address.parse(http_listen) if http_listen else None
+    if http_address is not None and not (settings.worker_insecure if args.insecure is None else args.insecure):
+        check_plain(http_address)
     max_size = settings.serve_max_size if args.max_size is None else parse_size(args.max_size)
     return ClusterOptions(
         store=settings.store,
@@ -100,7 +106,7 @@ def _options(args: argparse.Namespace, settings: Settings) -> ClusterOptions:
         worker=worker,
         services=ServiceOptions(limits=None if not max_size else Limits.below(max_size, settings.serve_grace)),
         sources=settings.local_sources,
-        http_address=Address.parse(http_listen) if http_listen else None,
+        http_address=http_address,
         announce=lambda text: print(text, flush=True),
     )
 

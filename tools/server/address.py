@@ -40,6 +40,18 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+def check_plain(address: Address, secure: str = "") -> None:
+    """Raise BadInput for a place that other machines can reach: there all would be in plain text.
+
+    `secure`: what else may be given than consent.
+    """
+    if not address.is_loopback:
+        raise BadInput(
+            f"{address} can be reached from other machines, in plain text: "
+            f"give {secure}--insecure if the network is to be trusted"
+        )
+
+
 def listen(address: Address) -> socket.socket:
     """A socket that listens there beside those of other processes. Raises OSError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET

@@ -35,12 +35,31 @@ ABANDON_SECONDS = 10.0
 _KEEP_SECONDS = 600.0
 _KEEP_MOST = 10_000
 _FORGET_AT_ONCE = 64
+_RESPONSE = f"type.googleapis.com/{reapi.ExecuteResponse.DESCRIPTOR.full_name}"
 
 _Key = tuple[str, Digest]
 
 
 class Execution:
     """One run of an action, whoever asked for it. Its attributes are read and written under the scheduler's lock."""
+
+    # Thousands are kept when they are done.
+    __slots__ = (
+        "_scheduler",
+        "abandoned",
+        "action",
+        "ended",
+        "instance",
+        "name",
+        "priority",
+        "queued",
+        "response",
+        "stage",
+        "step",
+        "stop",
+        "version",
+        "watches",
+    )
 
     def __init__(self, scheduler: Scheduler, name: str, instance: str, action: Digest, priority: int) -> None:
         self._scheduler = scheduler
@@ -53,7 +72,8 @@ class Execution:
         self.stage = reapi.ExecutionStage.QUEUED
         self.step: Stage | None = None
         """What its worker is at."""
-        self.response: reapi.ExecuteResponse | None = None
+        self.response: bytes | None = None
+        """An ExecuteResponse; its bytes take a third of the message's memory."""
         self.version = 0
         self.watches: set[Watch] = set()
         self.stop = Stop()
@@ -80,7 +100,8 @@ class Execution:
         message = operations.Operation(name=self.name, done=self.done)
         message.metadata.Pack(metadata)
         if self.response is not None:
-            message.response.Pack(self.response)
+            message.response.type_url = _RESPONSE
+            message.response.value = self.response
         return message
 
 
@@ -307,7 +328,7 @@ class Scheduler:
     def _finish(self, execution: Execution, response: reapi.ExecuteResponse) -> None:
         if execution.done:
             return
-        execution.response = response
+        execution.response = response.SerializeToString()
         execution.ended = time.monotonic()
         if not self._running.pop(execution.name, None):
             execution.stop.close()
@@ -324,11 +345,17 @@ class Scheduler:
 
     def _forget_old(self) -> None:
         limit = time.monotonic() - _KEEP_SECONDS
+        old: list[str] = []
         # A few at a time, and without a list of the thousands that are kept.
-        for name, execution in list(islice(self._all.items(), _FORGET_AT_ONCE)):
-            too_many = len(self._all) > _KEEP_MOST
-            if execution.done and not execution.watches and (execution.ended < limit or too_many):
-                del self._all[name]
+        for name, execution in islice(self._all.items(), _FORGET_AT_ONCE):
+            if not execution.done:
+                continue
+            if execution.ended >= limit and len(self._all) - len(old) <= _KEEP_MOST:
+                break  # those behind it have ended later
+            if not execution.watches:
+                old.append(name)
+        for name in old:
+            del self._all[name]
 
 
 def _random() -> str:

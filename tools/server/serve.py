@@ -23,7 +23,7 @@ from store.errors import BadInput, StoreUnusable
 from store.layout import Layout
 from store.repository import SourceOptions, Store
 from store.sessions import Session
-from tools.server.address import Address, reserve
+from tools.server.address import Address, check_plain, reserve
 from tools.server.guards import Guards
 from tools.server.notify import READY, STOPPING, be_no_main_process, notify
 from tools.server.services import ServiceOptions, Services
@@ -32,6 +32,7 @@ from tools.upstream.options import UpstreamOptions
 from tools.upstream.sources import Upstream, parts
 
 if TYPE_CHECKING:
+    from casfs.guarding import Guard
     from tools.server.grpc_counting import GrpcCounting
     from tools.server.http_parts import HttpParts
     from tools.worker.local import WorkerOptions
@@ -79,11 +80,8 @@ class ServeOptions:
     def check(self) -> None:
         """Raises BadInput for what isn't safe or can't be read."""
         for address in filter(None, (self.address, self.http_address)):
-            if self.tls is None and not self.insecure and not address.is_loopback:
-                raise BadInput(
-                    f"{address} can be reached from other machines, in plain text: "
-                    "give --tls-certificate and --tls-key, or --insecure if the network is to be trusted"
-                )
+            if self.tls is None and not self.insecure:
+                check_plain(address, "--tls-certificate and --tls-key, or ")
         self.guards()
         if self.services.write_back and self.upstream is None:
             raise BadInput("--write-back needs an --upstream to write to")
@@ -103,13 +101,14 @@ def serve(options: ServeOptions) -> int:
     SIGHUP has tokens and certificates read again. A service manager is told, if there is one.
     """
     options.check()
-    if options.worker is not None:
-        from tools.worker.local import prepare_process
-
-        prepare_process()
-    # Made, or refused, while there is a terminal to tell it.
-    Store.open(options.store).close()
     with ExitStack() as stack:
+        guard = None
+        if options.worker is not None:
+            from tools.worker.local import prepare_process
+
+            guard = stack.enter_context(prepare_process())
+        # Made, or refused, while there is a terminal to tell it.
+        Store.open(options.store).close()
         options = _reserve(options, stack)
         secure = "" if options.tls is None else "s"
 
@@ -120,7 +119,7 @@ def serve(options: ServeOptions) -> int:
             notify(READY)
 
         if options.processes == 1:
-            asyncio.run(_serve(options, announce))
+            asyncio.run(_serve(options, announce, guard))
             return 0
         if options.http_address is not None:
             _share_numbers(options.store, stack)
@@ -224,7 +223,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
 
 
-async def _serve(options: ServeOptions, announce: Callable[[], None]) -> None:
+async def _serve(options: ServeOptions, announce: Callable[[], None], guard: Guard | None = None) -> None:
     """One process: open all, serve, drain, close all."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -239,7 +238,10 @@ async def _serve(options: ServeOptions, announce: Callable[[], None]) -> None:
         sources = replace(sources, remote=partial(parts, upstream))
     with Store.open(options.store, sources=sources) as store, logging_to(store.layout.log):
         if options.http_address is None:
-            with Services(store, options.services, upstream) as services, _working(options, services) as stop_work:
+            with (
+                Services(store, options.services, upstream) as services,
+                _working(options, services, guard) as stop_work,
+            ):
                 async with _serving_grpc(options, services, guards):
                     announce()
                     await stop.wait()
@@ -252,7 +254,7 @@ async def _serve(options: ServeOptions, announce: Callable[[], None]) -> None:
         http = HttpParts(store, limits.limit if limits else 0)
         with (
             Services(store, options.services, upstream, http.metrics.note_collection) as services,
-            _working(options, services, http.reports) as stop_work,
+            _working(options, services, guard, http.reports) as stop_work,
         ):
             async with (
                 _serving_grpc(options, services, guards, http.counting),
@@ -266,7 +268,7 @@ async def _serve(options: ServeOptions, announce: Callable[[], None]) -> None:
 
 @contextmanager
 def _working(
-    options: ServeOptions, services: Services, reports: tuple[ReportTaker, ...] = ()
+    options: ServeOptions, services: Services, guard: Guard | None, reports: tuple[ReportTaker, ...] = ()
 ) -> Iterator[Callable[[], object]]:
     """A worker, if there shall be one; what is given has it take nothing more."""
     if options.worker is None or services.scheduler is None:
@@ -274,7 +276,7 @@ def _working(
         return
     from tools.worker.local import LocalWorker
 
-    with LocalWorker(services, services.scheduler, options.worker, reports):
+    with LocalWorker(services, services.scheduler, options.worker, reports, guard=guard):
         yield services.scheduler.drain
 
 

@@ -55,8 +55,11 @@ class Groups:
     """A file that takes threads, if a group does."""
 
 
-def find_groups(root: Path = Path("/")) -> Groups | None:
-    """Where this process can make control groups for memory and processes, or None."""
+def find_groups(root: Path = Path("/"), companions: Iterable[int] = ()) -> Groups | None:
+    """Where this process can make control groups for memory and processes, or None.
+
+    `companions`: processes that go where this one has to go.
+    """
     try:
         own = _own_groups((root / "proc/self/cgroup").read_text())
         mounts = _cgroup_mounts((root / "proc/self/mountinfo").read_text())
@@ -64,7 +67,7 @@ def find_groups(root: Path = Path("/")) -> Groups | None:
         return None
     if "" in own and "" in mounts:
         place = mounts[""] / own[""].lstrip("/")
-        if _divide(place):
+        if _divide(place, [os.getpid(), *companions]):
             return Groups({"": place}, "memory.max", "memory.peak", "memory.events")
     if all(name in own and name in mounts for name in ("memory", "pids")):
         parents = {name: mounts[name] / own[name].lstrip("/") for name in ("memory", "pids")}
@@ -97,25 +100,26 @@ def _cgroup_mounts(text: str) -> dict[str, Path]:
     return found
 
 
-def _divide(place: Path) -> bool:
-    """Have the groups below `place` bounded by themselves; we move into one of them if need be."""
-    moved = False
+def _divide(place: Path, ours: Iterable[int]) -> bool:
+    """Have the groups below `place` bounded by themselves; our processes move into one of them if need be."""
+    moved = []
     try:
         if not {"memory", "pids"} <= set((place / "cgroup.controllers").read_text().split()):
             return False
         wanted = {"memory", "pids"} - set((place / "cgroup.subtree_control").read_text().split())
         if wanted:
             (place / _OURS).mkdir(exist_ok=True)
-            (place / _OURS / "cgroup.procs").write_text(str(os.getpid()))
-            moved = True
+            for process in ours:
+                (place / _OURS / "cgroup.procs").write_text(str(process))
+                moved.append(process)
             (place / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in sorted(wanted)))
         return os.access(place, os.W_OK)
     except OSError:
         # Others are there, too, who can't be moved.
-        if moved:
-            with suppress(OSError):
-                (place / "cgroup.procs").write_text(str(os.getpid()))
-                (place / _OURS).rmdir()
+        with suppress(OSError):
+            for process in moved:
+                (place / "cgroup.procs").write_text(str(process))
+            (place / _OURS).rmdir()
         return False
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from casfs.guarding import Guard
+from casfs.orphans import guard_commands
 from casfs.sandbox import Sandboxes, enter_namespace
 from store.digest import Digest
 from store.presence import Finder
@@ -61,10 +63,14 @@ class WorkerOptions:
         return Bounds(self.memory or int(machine_memory() * _MEMORY_SHARE / self.slots), self.processes)
 
 
-def prepare_process() -> None:
-    """Once, before the process starts its second thread. Raises MissingCapability."""
+def prepare_process() -> Guard:
+    """Once, before the process starts its second thread. Raises MissingCapability.
+
+    What is returned ends the commands of this process if it is killed.
+    """
     enter_namespace()
     adopt_orphans()
+    return guard_commands()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,7 @@ class LocalWorker:
         options: WorkerOptions,
         reports: tuple[ReportTaker, ...] = (),
         storage: Storage | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """`storage`: the services', if it isn't given. Raises MissingCapability, SandboxError, BadInput."""
         self._source = source
@@ -96,10 +103,11 @@ class LocalWorker:
                 parts.callback(log.close)
                 reports = (*reports, log)
             traces = None if options.trace is None else Traces(options.trace, options.engine)
-            sandboxes = Sandboxes(services.store, scratch=options.scratch, engine=options.engine)
+            sandboxes = Sandboxes(services.store, scratch=options.scratch, engine=options.engine, guard=guard)
             parts.callback(sandboxes.close)
             # After those, which end what a dead worker has left in its groups.
-            limits = Limits(options.bounds, find_groups())
+            companions = () if guard is None else (guard.process,)
+            limits = Limits(options.bounds, find_groups(companions=companions))
             parts.callback(limits.close)
             self._worker = Worker(
                 source,

@@ -38,12 +38,20 @@ class Run:
         if stage not in self.seconds:
             self.assignment.note(stage)
             stamp(begun)
+        try:
+            with self.timed(stage):
+                yield
+        finally:
+            stamp(completed)
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Add to the seconds of a stage."""
         began = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
-            stamp(completed)
 
 
 def stamp(timestamp: Timestamp) -> None:

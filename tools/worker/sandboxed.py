@@ -108,6 +108,8 @@ class Sandboxed:
                 raise InvalidArgument("the command's arguments and environment are longer than Linux takes") from error
         after = hydrator.statistics()
         run.numbers["upcalls"] = sandbox.projection.upcalls()
+        if (opened := sandbox.projection.opened()) is not None:
+            run.numbers["input_files_opened"] = opened
         run.numbers["fetched_blobs"] = after["fetched_blobs"] - before["fetched_blobs"]
         run.numbers["fetched_bytes"] = after["fetched_bytes"] - before["fetched_bytes"]
         run.numbers["held_up_seconds"] = round(watching.held_up(), 6)

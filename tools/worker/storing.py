@@ -10,6 +10,7 @@ from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.server.errors import ServeError
 from tools.server.requests import write_digest
 from tools.worker.run import Executor, Run, stamp
+from tools.worker.work import Stage
 
 log = logging.getLogger("casfs.worker")
 
@@ -44,7 +45,9 @@ class Stored:
             digest_function=reapi.DigestFunction.Value.Name(action.function),
         )
         try:
-            self._results.update(request)
+            # Whoever waits for the action waits for this, too.
+            with run.timed(Stage.UPLOADING):
+                self._results.update(request)
         except (StoreError, ServeError, OSError) as error:
             log.warning("the result of action %s isn't stored: %s", action, error)
         return response

@@ -29,6 +29,8 @@ class Stage(Enum):
 class Stop:
     """Says once, to whoever waits on its descriptor, that an action is to be ended. Any thread may call."""
 
+    __slots__ = ("_closed", "_descriptor", "_lock", "_set")
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Under `_lock`. No descriptor before somebody wants to wait: thousands may be queued.

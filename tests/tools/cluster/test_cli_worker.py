@@ -23,6 +23,9 @@ GRID = ("--buildgrid", "grpc://127.0.0.1:1")
         ((*GRID, "--property", "pool"), "write NAME=VALUE"),
         ((*GRID, "--size-class", "-1"), "--size-class -1"),
         ((*GRID, "--max-size", "much"), "not a size"),
+        ((*GRID, "--http-listen", "0.0.0.0:0"), "give --insecure if the network is to be trusted"),
+        ((*GRID, "--http-listen", ":0"), "can be reached from other machines, in plain text"),
+        ((*GRID, "--http-listen", "here"), "no place to listen at"),
     ],
 )
 def test_what_cant_be_is_refused_in_a_line(casfs: Casfs, arguments: tuple[str, ...], said: str) -> None:
@@ -39,13 +42,17 @@ def test_a_configuration_may_name_the_scheduler_and_but_one(casfs: Casfs) -> Non
     assert "--buildbarn needs --upstream" in casfs.fails(Exit.USAGE, "worker")
     # The command line says it anew, whichever of the two it names.
     assert "can't read" in casfs.fails(Exit.USAGE, "worker", *GRID, "--token", "absent")
+    (place / "config.toml").write_text('[worker]\nhttp-listen = "0.0.0.0:0"\n')
+    assert "--insecure" in casfs.fails(Exit.USAGE, "worker", *GRID)
 
 
 def test_a_scheduler_that_isnt_there_is_waited_for(casfs: Casfs) -> None:
-    worker = casfs.start("worker", *GRID, "--name", "nobody's", "--jobs", "2")
+    exposed = ("--http-listen", "0.0.0.0:0", "--insecure")
+    worker = casfs.start("worker", *GRID, "--name", "nobody's", "--jobs", "2", *exposed)
     try:
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"working for grpc://127.0.0.1:1 as nobody's\n"
+        assert worker.stdout.readline().startswith(b"numbers at http://0.0.0.0:")
         wait_until(lambda: "trying again" in (casfs.store / "casfs.log").read_text())
         assert worker.poll() is None
     finally:

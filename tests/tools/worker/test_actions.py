@@ -89,12 +89,14 @@ def test_undeclared_files_do_not_exist(remote: Remote) -> None:
 
 def test_nothing_can_be_written_but_where_it_should(casfs: Casfs, requires: Requirements) -> None:
     requires.programs("bwrap")
-    script = "for d in / /etc /usr /build /tmp /dev/shm; do (: > $d/new) 2>/dev/null && echo $d; done"
+    script = "for d in / /etc /usr /build /tmp /dev /dev/shm; do (: > $d/new) 2>/dev/null && echo $d; done"
     with executing(casfs) as server, remote_of(server) as remote:
         # The first is set up in another way than those after it.
         for salt in (b"first", b"second", b"third"):
             response = remote.run(["sh", "-c", script], salt=salt)
             assert remote.blob(response.result.stdout_digest).split() == [b"/build", b"/tmp", b"/dev/shm"]
+            setting = remote.sh("echo 1 > /proc/sys/net/ipv4/ip_forward", salt=salt)
+            assert setting.result.exit_code, "its network may be another's afterwards"
 
 
 def test_absolute_symbolic_links_lead_to_what_the_sandbox_has(remote: Remote) -> None:
@@ -222,6 +224,18 @@ def test_what_this_worker_is_not_is_a_failed_precondition(remote: Remote) -> Non
         assert response.status.code == codes.FAILED_PRECONDITION and name in response.status.message
     machine = {"x86_64": "x86-64"}.get(os.uname().machine, os.uname().machine)
     assert remote.run(["true"], platform={"OSFamily": "Linux", "ISA": machine}).status.code == 0
+
+
+def test_the_network_is_for_those_that_ask_for_it(casfs: Casfs, requires: Requirements) -> None:
+    requires.programs("bwrap")
+    with executing(casfs, "--network") as server, remote_of(server) as remote:
+        host = os.readlink(f"/proc/{server.process.pid}/ns/net")
+        # The first is set up in another way than those after it.
+        for salt in (b"first", b"second", b"third"):
+            for wanted in ("true", "false"):
+                response = remote.run(["readlink", "/proc/self/ns/net"], salt=salt, platform={"network": wanted})
+                seen = remote.blob(response.result.stdout_digest).decode().strip()
+                assert seen.startswith("net:[") and (seen == host) == (wanted == "true")
 
 
 # What is told of actions

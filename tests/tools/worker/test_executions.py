@@ -341,7 +341,7 @@ def test_a_killed_server_leaves_nothing(casfs: Casfs, requires: Requirements) ->
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.003, 0.01])
-def test_a_server_killed_before_its_command_has_begun_leaves_nothing_to_its_next_start(
+def test_a_server_killed_before_its_command_has_begun_leaves_nothing(
     casfs: Casfs, requires: Requirements, seconds: float
 ) -> None:
     requires.programs("bwrap")
@@ -353,8 +353,20 @@ def test_a_server_killed_before_its_command_has_begun_leaves_nothing_to_its_next
         time.sleep(seconds)
         server.stop(signal.SIGKILL)
         del states
+        wait_for(lambda: not live_processes(word))
     check_next_start(casfs, server.process.pid)
-    wait_for(lambda: not live_processes(word))
+
+
+def test_an_ordinary_users_killed_server_leaves_nothing(nobody: Casfs, requires: Requirements) -> None:
+    requires.programs("bwrap")
+    word = unique()
+    for _ in range(3):
+        with executing(nobody) as server, remote_of(server) as remote:
+            states = remote.begin(sleeping(remote, word))
+            wait_for(lambda: live_processes(word))
+            server.stop(signal.SIGKILL)
+            del states
+            wait_for(lambda: not live_processes(word))
 
 
 def check_next_start(casfs: Casfs, killed: int) -> None:

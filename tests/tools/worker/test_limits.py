@@ -6,6 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
+from tools.worker import worker
 from tools.worker.limits import Bounds, Groups, Limits, clear_leftovers, find_groups
 
 DEAD = 999_999_999
@@ -30,6 +33,39 @@ def test_version_2_is_divided_and_left_to_its_groups(tmp_path: Path) -> None:
     assert groups is not None and dict(groups.parents) == {"": place} and not groups.threads
     assert (place / "casfs-worker/cgroup.procs").read_text() == str(os.getpid())
     assert (place / "cgroup.subtree_control").read_text() == "+memory"
+
+
+def test_whoever_belongs_to_the_worker_moves_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "svc"
+    place.mkdir()
+    (place / "cgroup.controllers").write_text("memory pids\n")
+    (place / "cgroup.subtree_control").write_text("\n")
+    moved = []
+    write = Path.write_text
+
+    def noting(path: Path, text: str) -> int:
+        if path.name == "cgroup.procs":
+            moved.append((path.parent.name, int(text)))
+            if int(text) == DEAD:
+                raise ProcessLookupError
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", noting)
+    root = make_root(tmp_path, "0::/svc\n", f"30 1 0:26 / {tmp_path} rw - cgroup2 cgroup2 rw\n")
+    assert find_groups(root, companions=[4711]) is not None
+    assert moved == [("casfs-worker", os.getpid()), ("casfs-worker", 4711)]
+    # Where it can't be done, nobody stays there.
+    moved.clear()
+    (place / "cgroup.subtree_control").write_text("\n")
+    assert find_groups(root, companions=[4711, DEAD]) is None
+    assert moved[-2:] == [("svc", os.getpid()), ("svc", 4711)]
+
+
+def test_as_many_run_at_a_time_as_there_are_cores_and_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    for memory, jobs in ((64 << 30, 8), (5 << 30, 5), (512 << 20, 1)):
+        monkeypatch.setattr(worker, "machine_memory", lambda memory=memory: memory)
+        assert worker.default_jobs() == jobs
 
 
 def test_version_1_takes_threads(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ def test_each_action_has_a_trace_by_its_digest(casfs: Casfs, requires: Requireme
     requires.programs("bwrap")
     requires.fuse()
     traces = casfs.directory / "traces"
-    with executing(casfs, "--trace", traces, "--jobs", "2") as server, remote_of(server) as remote:
+    log = casfs.directory / "log"
+    options = ("--trace", traces, "--jobs", "2", "--action-log", log)
+    with executing(casfs, *options) as server, remote_of(server) as remote:
         actions = [
             remote.put(["sh", "-c", f"cat used; stat d/stated; cat absent{number} >o; true"], FILES, output_paths=["o"])
             for number in range(2)
@@ -32,6 +35,8 @@ def test_each_action_has_a_trace_by_its_digest(casfs: Casfs, requires: Requireme
         assert sorted(path.name for path in traces.iterdir()) == names
         # Sandboxes are taken away in the background.
         wait_until(lambda: all(path.read_bytes().endswith(b'["end"]\n') for path in traces.iterdir()))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["input_files"], line["input_files_opened"]) for line in lines] == [(3, 1)] * 3
     for number, action in enumerate(actions):
         with open(traces / f"{action.hash.hex()}.trace", "rb") as file:
             trace = decode_trace(file)
