@@ -64,7 +64,8 @@ WORTH_NODES = 2_000
 """When a command had to lay out so many nodes, the next one shall find them."""
 _TIMEOUT_SECONDS = 60.0
 _LONGEST = 1 << 16
-_DESCRIPTORS_MOST = 128
+_DESCRIPTORS_MOST = 253
+"""The kernel's SCM_MAX_FD."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,8 @@ class Volumes:
         self._mounts: dict[int, Mount] = {}
         self._numbers: dict[bytes, int] = {}
         self._roots: list[int] = []
+        self._tops: list[bytes] = []
+        self._kinds: list[str] = []
         self._places: dict[tuple[int, bytes], tuple[int, bytes]] = {}
 
     def find(self, directory: int) -> tuple[int, bytes]:
@@ -106,6 +108,26 @@ class Volumes:
     def root(self, volume: int) -> int:
         """A descriptor of the volume's root."""
         return self._roots[volume]
+
+    def path(self, volume: int) -> bytes:
+        """Where the volume's root is."""
+        return self._tops[volume]
+
+    def mounted_in(self, volume: int, directory: int) -> frozenset[bytes] | None:
+        """Names in an open directory on which something is mounted; None where a file's device number tells that.
+
+        In an overlay over several file systems files have other device numbers than their directory.
+        """
+        if self._kinds[volume] != "overlay":
+            return None
+        above = _slash(os.readlink(b"/proc/self/fd/%d" % directory))
+        paths = (mount.path for mount in list_mounts() if mount.path.startswith(above))
+        return frozenset(path[len(above) :] for path in paths)
+
+    def kind(self, directory: int) -> str:
+        """The type of the file system that an open directory is on; empty where that can't be seen."""
+        number = _mount_number(directory)
+        return next((mount.kind for mount in list_mounts() if mount.id == number), "")
 
     def _top(self, number: int, path: bytes) -> bytes:
         if number not in self._mounts:
@@ -134,6 +156,8 @@ class Volumes:
                 raise MountError(f"files of the volume at {printable(top)} can't be mapped: another mount covers it")
             number = self._numbers[top] = len(self._roots)
             self._roots.append(root)
+            self._tops.append(top)
+            self._kinds.append(self.kind(root))
         return number
 
     def close(self) -> None:
@@ -178,6 +202,7 @@ def _resolve_in(
     try:
         volume, inside = volumes.find(directory)
         device = os.fstat(directory).st_dev
+        mounted = volumes.mounted_in(volume, directory)
         files = resolved.files
         for mapping in found:
             path, _, name, writable = mapping
@@ -195,7 +220,8 @@ def _resolve_in(
                     path = path[: -len(name)] + once
                 name = once
             mode = status.st_mode
-            if stat.S_ISREG(mode) and not writable and status.st_dev == device:
+            ours = status.st_dev == device if mounted is None else name not in mounted
+            if stat.S_ISREG(mode) and not writable and ours:
                 files[path] = HostFile(
                     volume,
                     inside + name,
@@ -204,7 +230,7 @@ def _resolve_in(
                     status.st_uid,
                     status.st_gid,
                     status.st_mtime_ns,
-                    device,
+                    status.st_dev,
                     status.st_ino,
                     status.st_ctime_ns,
                 )

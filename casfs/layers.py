@@ -7,8 +7,14 @@ metadata in tmpfs, or for a large one, where EROFS can be mounted, in an image
 that the store keeps. Nothing is attached anywhere: layers live as long as
 their descriptors here and the mounts made of them, and end with this process.
 
-What is kept is the least recently used within a budget of memory. A layer in
-use (its `Layout` not closed) is never dropped.
+What is kept is the most recently used within a budget of memory. A layer in
+use (its `Layout` not closed, or another one kept that is a difference to it) is
+never dropped.
+
+A *difference* is what a tree has that a kept layer at the same path hasn't:
+an overlay of its own over the few changed files, above that layer, and a tmpfs
+with whiteouts above both, if anything is gone. The first one of a tree goes
+with its mount; that of a tree that comes again is kept like any layer.
 
 Blobs: what has no row is hashed before it is shown, what is missing is fetched
 when it is opened (`casfs.blob_mount`), or now where there is no FUSE. What a
@@ -25,39 +31,38 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
-from casfs.errors import MissingCapability, MountError
-from casfs.metadata import MEMORY_PER_NODE, Part, write_tmpfs
+from casfs.errors import MountError
+from casfs.layer_blobs import LayerBlobs, Needed
+from casfs.metadata import MEMORY_PER_NODE, Part, write_tmpfs, write_whiteouts
 from casfs.overlay import Family, check_showable, find_family, stack, verify
-from casfs.planning import Plan, Sight, Subtree, plan, plan_layer
+from casfs.planning import ENOUGH, Over, Plan, Sight, Subtree, plan, plan_layer, plan_over
 from casfs.syscalls import is_initial_namespace
 from store.blobs import removals
-from store.digest import Digest, DigestFunction
-from store.entries import FileEntry
-from store.errors import MissingBlob, NoSpace
+from store.compare import compare_trees
+from store.digest import Digest
+from store.errors import NoSpace
+from store.index import View
 from store.repository import Store
-from store.trees import get_directory, list_entries
-
-if TYPE_CHECKING:
-    from casfs.blob_mount import BlobMount
+from store.trees import Directory, Row, find_directory, get_directory, list_entries
 
 IMAGE_NODES = 50_000
 """From so many nodes on a kept layer is an image, where that can be mounted: its pages can be reclaimed."""
+BASE_NODES = range(2_048, 65_536)
+"""A tree of so many nodes of which nothing was known is kept at once: the next one is likely to be nearly the same."""
+_BASES_MOST = 4
+"""So many kept layers at a path are looked at for what is nearly the same; 0.5 µs an entry that differs."""
 _IMAGE_MEMORY = 1 << 20
 _LAYER_MEMORY = 100 << 10
 """What a layer takes beside its nodes: two superblocks."""
 _SEEN_MOST = 1 << 16
-_SAMPLES = 16
 _NOTE_SECONDS = 3600
-
-Needed = tuple[bytes, Digest]
-"""A path and the blob its file has."""
 
 
 def default_budget() -> int:
@@ -128,15 +133,37 @@ class _Layer:
     whole: bool = True
     users: int = 0
     noted: float = 0.0
+    below: _Layer | None = None
+    """Of a difference: what it is one to."""
+    whiteouts: int = -1
+    """And what takes away what is gone; -1 where nothing is."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while it is looked over."""
     superseded: list[int] = field(default_factory=list)
     """What `mounted` was before; another thread may be stacking it just now."""
 
+    def stacked(self) -> list[int]:
+        """Descriptors of what is stacked for it, the uppermost first."""
+        if self.below is None:
+            return [self.mounted]
+        return [*([self.whiteouts] if self.whiteouts >= 0 else []), self.mounted, self.below.mounted]
+
     def close(self) -> None:
-        for descriptor in (self.mounted, self.metadata, *self.superseded):
+        for descriptor in (self.mounted, self.metadata, self.whiteouts, *self.superseded):
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+class _Alike(NamedTuple):
+    """What is nearly the same as a subtree, and how they differ; whether the difference is worth keeping."""
+
+    base: _Layer
+    over: Over
+    keep: bool
+
+
+class _TooMuch(Exception):
+    """A plan would lay out over `ENOUGH` nodes."""
 
 
 class Layers:
@@ -145,6 +172,7 @@ class Layers:
     def __init__(self, store: Store, budget: int | None = None) -> None:
         """`budget`: bytes of memory for what is kept. Raises MissingCapability where nothing can be stacked here."""
         self._store = store
+        self._blobs = LayerBlobs(store)
         self._family = find_family()
         self._budget = default_budget() if budget is None else budget
         self._images = is_initial_namespace()
@@ -154,27 +182,114 @@ class Layers:
         self._building: dict[tuple[bytes, bytes], threading.Lock] = {}
         self._seen: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         self._paths: OrderedDict[bytes, None] = OrderedDict()
-        self._fetching: dict[DigestFunction, BlobMount] = {}
         self._built = 0
+        self._keeping = threading.Lock()
+        """Held while a tree that is laid out already becomes a layer: only one of equal ones shall."""
 
     def lay_out(self, root: Digest) -> Layout:
         """See `Layouts`."""
-        with self._store.index.view() as view:
-            directory = get_directory(view, root)
-            check_showable(directory)
-            counted = removals(view)
-            planned = plan(directory, partial(list_entries, view), self._sight)
         with ExitStack() as parts:
-            layers = [self._take(subtree, counted, parts) for subtree in planned.layers]
-            sample, whole = self._prepare(planned, root.function)
+            alike: dict[tuple[bytes, bytes], _Alike] = {}
+            with self._store.index.view() as view:
+                directory = get_directory(view, root)
+                check_showable(directory)
+                counted = removals(view)
+                planned = self._plan(view, directory, alike, parts)
+            layers = [self._take(subtree, counted, alike.get(subtree.key), parts) for subtree in planned.layers]
+            sample, whole = self._blobs.prepare(planned.parts, root.function)
             fresh = self._write(planned.parts)
             parts.callback(os.close, fresh)
+            if whole and not planned.layers and directory.nodes in BASE_NODES:
+                self._keep_fresh(directory, fresh, sample, counted)
             self._note(planned)
-            stacked = [*(layer.mounted for layer in layers), fresh]
-            fetching = self._fetching_layers(root.function, whole and all(layer.whole for layer in layers))
+            stacked = [*(descriptor for layer in layers for descriptor in layer.stacked()), fresh]
+            fetching = self._blobs.fetching(root.function, whole and all(layer.whole for layer in layers))
             sample = sample or next((layer.sample for layer in layers if layer.sample), [])
             nodes = sum(len(part.rows) for part in planned.parts)
             return Layout(self._family, stacked, fetching, sample, nodes, parts.pop_all())
+
+    def _plan(
+        self, view: View, directory: Directory, alike: dict[tuple[bytes, bytes], _Alike], parts: ExitStack
+    ) -> Plan:
+        """Layers and what is laid out; what is nearly the same as a kept layer goes into `alike`, held by `parts`."""
+        rows_of = partial(list_entries, view)
+        with self._lock:
+            has_bases = any(_can_be_base(layer) for layer in self._kept.values())
+        if not has_bases:
+            return plan(directory, rows_of, self._sight)
+        left = ENOUGH
+
+        def spend(nodes: int) -> None:
+            nonlocal left
+            left -= nodes
+            if left < 0:
+                raise _TooMuch
+
+        def rows_within(number: int) -> Iterator[Row]:
+            for row in rows_of(number):
+                spend(1)
+                yield row
+
+        def sight_within(subtree: Subtree) -> Sight:
+            sight = self._sight(subtree)
+            if sight is Sight.SEEN:
+                spend(subtree.nodes)
+            return sight
+
+        with suppress(_TooMuch):
+            return plan(directory, rows_within, sight_within)
+        return plan(directory, rows_of, lambda subtree: self._sight_alike(view, subtree, alike, parts))
+
+    def _sight_alike(
+        self, view: View, subtree: Subtree, alike: dict[tuple[bytes, bytes], _Alike], parts: ExitStack
+    ) -> Sight:
+        sight = self._sight(subtree)
+        if sight not in (Sight.SEEN, Sight.CHANGED) or subtree.nodes < ENOUGH:
+            return sight
+        if subtree.key in alike:
+            return Sight.ALIKE
+        after = get_directory(view, subtree.digest)
+        for base in self._find_bases(subtree, parts):
+            before = find_directory(view, base.subtree.digest)
+            if before is None:
+                continue  # it was kept longer than it was in the index
+            over = plan_over(subtree, compare_trees(view, before, after))
+            if over is not None:
+                alike[subtree.key] = _Alike(base, over, sight is Sight.SEEN)
+                return Sight.ALIKE
+        return sight
+
+    def _find_bases(self, subtree: Subtree, parts: ExitStack) -> list[_Layer]:
+        """Kept layers at the same path, the latest first, in use until `parts` are closed."""
+        with self._lock:
+            found = (
+                layer
+                for layer in reversed(self._kept.values())
+                if layer.subtree.path == subtree.path
+                and _can_be_base(layer)
+                and layer.subtree.digest.function is subtree.digest.function
+            )
+            bases = list(islice(found, _BASES_MOST))
+            for base in bases:
+                base.users += 1
+                parts.callback(self._leave, base)
+        return bases
+
+    def _keep_fresh(self, directory: Directory, fresh: int, sample: list[Needed], counted: int) -> None:
+        """Keep a whole tree that was laid out just now, for those to come that are nearly the same."""
+        subtree = Subtree(b"", directory.digest, directory.id, directory.nodes)
+        with self._keeping:
+            with self._lock:
+                if subtree.key in self._kept:
+                    return
+            memory = _LAYER_MEMORY + subtree.nodes * MEMORY_PER_NODE
+            layer = _Layer(subtree, os.dup(fresh), memory, sample)
+            try:
+                self._stack(layer, True, counted)
+            except BaseException:
+                layer.close()
+                raise
+            self._leave(self._keep(layer))
 
     def _sight(self, subtree: Subtree) -> Sight:
         with self._lock:
@@ -193,22 +308,34 @@ class Layers:
                 while len(remembered) > _SEEN_MOST:
                     remembered.popitem(last=False)
 
-    def _take(self, subtree: Subtree, counted: int, parts: ExitStack) -> _Layer:
+    def _take(self, subtree: Subtree, counted: int, alike: _Alike | None, parts: ExitStack) -> _Layer:
         """The layer of a subtree, built if need be, in use until `parts` are closed."""
-        with self._lock:
-            layer = self._use(subtree)
-            turn = self._building.setdefault(subtree.key, threading.Lock()) if layer is None else None
-        if turn is not None:
-            with turn:
-                with self._lock:
-                    layer = self._use(subtree)
-                layer = layer or self._keep(self._build(subtree, counted))
+        if alike is not None and not alike.keep:
+            layer = self._build_difference(subtree, counted, alike)
+            parts.callback(layer.close)
             with self._lock:
-                self._building.pop(subtree.key, None)
-        assert layer is not None  # noqa: S101 - one way or the other
-        parts.callback(self._leave, layer)
+                self._seen[subtree.key] = None
+        else:
+            layer = self._take_kept(subtree, counted, alike)
+            parts.callback(self._leave, layer)
         with layer.lock:
             self._refresh(layer, counted)
+        return layer
+
+    def _take_kept(self, subtree: Subtree, counted: int, alike: _Alike | None) -> _Layer:
+        with self._lock:
+            layer = self._use(subtree)
+            if layer is not None:
+                return layer
+            turn = self._building.setdefault(subtree.key, threading.Lock())
+        with turn:
+            with self._lock:
+                layer = self._use(subtree)
+            if layer is None:
+                built = self._build_difference(subtree, counted, alike) if alike else self._build(subtree, counted)
+                layer = self._keep(built)
+        with self._lock:
+            self._building.pop(subtree.key, None)
         return layer
 
     def _use(self, subtree: Subtree) -> _Layer | None:
@@ -216,6 +343,9 @@ class Layers:
         layer = self._kept.get(subtree.key)
         if layer is not None:
             self._kept.move_to_end(subtree.key)
+            if layer.below is not None:
+                # After it: what is a difference to another goes first.
+                self._kept.move_to_end(layer.below.subtree.key)
             layer.users += 1
             # The same directory may have been interned anew, with another id.
             layer.subtree = subtree
@@ -225,6 +355,9 @@ class Layers:
         with self._lock:
             self._kept[layer.subtree.key] = layer
             layer.users += 1
+            if layer.below is not None:
+                layer.below.users += 1
+                self._kept.move_to_end(layer.below.subtree.key)
             self._built += 1
             self._seen[layer.subtree.key] = None
             self._paths[layer.subtree.path] = None
@@ -250,12 +383,14 @@ class Layers:
             if not layer.users:
                 dropped.append(self._kept.pop(key))
                 excess -= layer.memory
+                if layer.below is not None:
+                    layer.below.users -= 1
         return dropped
 
     def _build(self, subtree: Subtree, counted: int) -> _Layer:
         with self._store.index.view() as view:
             planned = plan_layer(subtree, partial(list_entries, view))
-        sample, whole = self._prepare(planned, subtree.digest.function)
+        sample, whole = self._blobs.prepare(planned.parts, subtree.digest.function)
         metadata = self._image(subtree) if self._images and subtree.nodes >= IMAGE_NODES else None
         memory = _IMAGE_MEMORY
         if metadata is None:
@@ -268,6 +403,23 @@ class Layers:
             layer.close()
             raise
         self._note(planned)
+        return layer
+
+    def _build_difference(self, subtree: Subtree, counted: int, alike: _Alike) -> _Layer:
+        base, (parts, gone), _ = alike
+        sample, whole = self._blobs.prepare(parts, subtree.digest.function)
+        nodes = sum(len(part.rows) for part in parts) + len(gone)
+        layer = _Layer(subtree, self._write(parts), _LAYER_MEMORY + nodes * MEMORY_PER_NODE, sample, below=base)
+        try:
+            if gone:
+                layer.whiteouts = self._written(lambda: write_whiteouts(gone))
+            self._stack(layer, whole, counted)
+            verify(sample, self._store.blobs.directory_of(subtree.digest.function), layer.mounted)
+        except BaseException:
+            layer.close()
+            raise
+        if base.counted != counted or not base.whole:
+            layer.counted = -1  # of what both have, who knows
         return layer
 
     def _image(self, subtree: Subtree) -> int | None:
@@ -290,7 +442,7 @@ class Layers:
 
     def _stack(self, layer: _Layer, whole: bool, counted: int) -> None:
         function = layer.subtree.digest.function
-        data = [self._store.blobs.directory_of(function), *self._fetching_layers(function, whole)]
+        data = [self._store.blobs.directory_of(function), *self._blobs.fetching(function, whole)]
         layer.superseded.append(layer.mounted)
         layer.mounted = stack([layer.metadata], data, self._family)
         layer.whole, layer.counted, layer.noted = whole, counted, time.monotonic()
@@ -301,48 +453,24 @@ class Layers:
             return
         with self._store.index.view() as view:
             planned = plan_layer(layer.subtree, partial(list_entries, view))
-        _, whole = self._prepare(planned, layer.subtree.digest.function)
+        _, whole = self._blobs.prepare(planned.parts, layer.subtree.digest.function)
+        if layer.below is not None:
+            with layer.below.lock:
+                if whole < layer.below.whole:
+                    self._stack(layer.below, whole, -1)  # what it has beside is looked at when it is used itself
         if whole >= layer.whole:
             # One that could fetch still can.
             layer.counted, layer.noted = counted, time.monotonic()
         else:
             self._stack(layer, whole, counted)
 
-    def _prepare(self, planned: Plan, function: DigestFunction) -> tuple[list[Needed], bool]:
-        """See to the blobs of what is laid out: some that are here, and whether all are."""
-        files = list(_files(planned.parts))
-        missing = set(self._store.blobs.prepare([digest for _, digest in files]))
-        if missing:
-            self._expect([needed for needed in files if needed[1] in missing], function)
-            missing = {digest for digest in missing if not self._store.blobs.has(digest)}
-        present = (needed for needed in files if needed[1] not in missing)
-        return list(islice(present, _SAMPLES)), not missing
-
-    def _expect(self, missing: list[Needed], function: DigestFunction) -> None:
-        try:
-            self._fetch_mount(function).expect(missing)
-        except MissingCapability as error:
-            # Nobody can fetch when they are opened, so it has to be now.
-            from store.prefetch import prefetch
-
-            failed = prefetch(self._store, [digest for _, digest in missing]).failed
-            if failed:
-                raise MissingBlob(f"{next(iter(failed.values()))}; {len(failed)} blobs in all ({error})") from error
-
-    def _fetch_mount(self, function: DigestFunction) -> BlobMount:
-        with self._lock:
-            if function not in self._fetching:
-                from casfs.blob_mount import BlobMount
-
-                self._fetching[function] = BlobMount(self._store, function)
-            return self._fetching[function]
-
-    def _fetching_layers(self, function: DigestFunction, whole: bool) -> list[int]:
-        return [] if whole else [self._fetch_mount(function).layer]
-
     def _write(self, parts: list[Part]) -> int:
+        return self._written(lambda: write_tmpfs(parts, self._family))
+
+    @staticmethod
+    def _written(write: Callable[[], int]) -> int:
         try:
-            return write_tmpfs(parts, self._family)
+            return write()
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise NoSpace("there is not enough memory for the names of this tree") from error
@@ -350,15 +478,16 @@ class Layers:
 
     def upcalls(self) -> int:
         """See `Layouts`."""
-        return sum(sum(mount.upcalls().values()) for mount in list(self._fetching.values()))
+        return self._blobs.upcalls()
 
     def statistics(self) -> dict[str, int]:
-        """How many layers are kept and were ever built, how many are images, how many bytes they take and may take."""
+        """How many layers are kept, images and differences among them, and were ever built; bytes they take and may."""
         with self._lock:
             memory = sum(layer.memory for layer in self._kept.values())
             return {
                 "layers": len(self._kept),
                 "images": sum(layer.memory == _IMAGE_MEMORY for layer in self._kept.values()),
+                "differences": sum(layer.below is not None for layer in self._kept.values()),
                 "bytes": memory,
                 "budget": self._budget,
                 "built": self._built,
@@ -371,14 +500,8 @@ class Layers:
             self._kept.clear()
         for layer in kept:
             layer.close()
-        for mount in self._fetching.values():
-            mount.close()
+        self._blobs.close()
 
 
-def _files(parts: Iterable[Part]) -> Iterator[Needed]:
-    """The files with contents that are laid out."""
-    for path, rows in parts:
-        for row in rows:
-            entry = row.entry
-            if isinstance(entry, FileEntry) and entry.digest.size:
-                yield (path + b"/" + entry.name if path else entry.name), entry.digest
+def _can_be_base(layer: _Layer) -> bool:
+    return layer.below is None and layer.subtree.nodes >= ENOUGH

@@ -8,6 +8,7 @@ layer lives as long as a mount or a descriptor of it. Nodes show what
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -47,15 +48,48 @@ def write_tmpfs(parts: Iterable[Part], family: Family) -> int:
                 os.close(directory)
             paths.append(path)
         for path in reversed(paths):
-            # Only now: making something in a directory changes its time.
-            directory = _open_below(top, path)
-            os.utime(directory, ns=(FIXED_MTIME_NS, FIXED_MTIME_NS))
-            os.fchmod(directory, 0o555)
-            os.close(directory)
+            _finish(top, path)
     except BaseException:
         os.close(top)
         raise
     return top
+
+
+def write_whiteouts(paths: Iterable[bytes]) -> int:
+    """A new tmpfs that takes these paths away from what it is stacked over; a descriptor of its root. Raises OSError.
+
+    A file has to be the topmost that says so: an overlay in between would take it for its own.
+    """
+    top = new_tmpfs()
+    try:
+        made = {b"": None}
+        for path in paths:
+            above, _, name = path.rpartition(b"/")
+            for end in [at for at, byte in enumerate(above) if byte == 0x2F] + [len(above)]:
+                if above[:end] not in made:
+                    made[above[:end]] = None
+                    inside = _open_below(top, above[:end].rpartition(b"/")[0])
+                    os.mkdir(above[:end].rpartition(b"/")[2], 0o755, dir_fd=inside)
+                    os.close(inside)
+            directory = _open_below(top, above)
+            try:
+                os.mknod(name, stat.S_IFCHR, 0, dir_fd=directory)
+            finally:
+                os.close(directory)
+        for path in reversed(made):
+            _finish(top, path)
+    except BaseException:
+        os.close(top)
+        raise
+    return top
+
+
+def _finish(top: int, path: bytes) -> None:
+    """Give a directory its time and mode, when all is in it: making something in a directory changes its time."""
+    directory = _open_below(top, path)
+    os.utime(directory, ns=(FIXED_MTIME_NS, FIXED_MTIME_NS))
+    os.fchmod(directory, 0o555)
+    os.close(directory)
 
 
 def _is_masked(top: int) -> bool:

@@ -66,11 +66,21 @@ def find_mount(path: str | bytes) -> Mount | None:
 
 def resolve_mountpoint(mountpoint: Path) -> Path:
     """The absolute path without symbolic links, found without a stat on what may be a dead mount."""
+    return _resolve(mountpoint)[0]
+
+
+def find_mount_at(mountpoint: Path) -> Mount | None:
+    """The topmost mount at a path, relative or with symbolic links in it, or None."""
+    path, mount = _resolve(mountpoint)
+    return mount or find_mount(str(path))
+
+
+def _resolve(mountpoint: Path) -> tuple[Path, Mount | None]:
+    """The path, and the mount there, if that had to be found on the way."""
     parent = os.path.realpath(mountpoint.absolute().parent)
     path = os.path.normpath(os.path.join(parent, mountpoint.name)) if mountpoint.name else parent
-    if find_mount(path) is None:
-        path = os.path.realpath(path)
-    return Path(path)
+    mount = find_mount(path)
+    return Path(path if mount else os.path.realpath(path)), mount
 
 
 def mount_above(path: bytes, mounts: list[Mount]) -> Mount:

@@ -29,7 +29,7 @@ from casfs.fusemount import attach
 from casfs.mountpoint import check_mountpoint, find_own, unmounting_on_failure, unmounting_on_signals, wait_unmounted
 from casfs.overlay import Upper
 from casfs.session import make_session
-from casfs.steering import Steerable, Steering
+from casfs.steering import Steerable, Steering, not_collecting
 from casfs.syscalls import has_admin_capability
 from casfs.tree import ProjectedTree
 from casfs.writable import cover, opened_upper
@@ -342,7 +342,8 @@ def _make_control(
     def remap(request: dict[str, Any]) -> int:
         if steering is None:
             raise BadChange(NOT_STEERABLE)
-        return steering.remap(decode_changes(request["changes"]))
+        with not_collecting():
+            return steering.remap(decode_changes(request["changes"]))
 
     return ControlServer(mounted, {"statistics": describe, "remap": remap})
 

@@ -13,12 +13,17 @@ it is there, whatever its size; laying out anew costs about 10 µs a *node*. So:
     │ `HUGE` and more     │ take it    │ make it a layer now │ note it, look inside │ make it a layer now  │
     └─────────────────────┴────────────┴─────────────────────┴──────────────────────┴──────────────────────┘
 
+Where that would lay out over `ENOUGH` nodes there is one more way: a tree of which nearly the same is kept at the same
+path is that layer and a *difference* over it, which has what changed (`plan_over`). So a tree in which one file in a
+hundred changed, in every directory, isn't laid out anew.
+
 The second sight is what says that a subtree comes again; a first sight is not
 trusted, since an action's own outputs are seen once and would push out what is
 useful. What is huge is a layer at once all the same, as a wrong guess costs a
 hundredth of what laying it out costs anyway; but where another was before, its
 parts are likely to be known. Only the root, which is nearly always new, waits
-for its second sight whatever its size. Nothing below a layer is looked at, so
+for its second sight whatever its size; but where all of it had to be laid out,
+that is kept for others to differ from (`casfs.layers`). Nothing below a layer is looked at, so
 the work is that of the new directories.
 """
 
@@ -29,6 +34,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from casfs.metadata import Part
+from store.compare import Difference
 from store.digest import Digest
 from store.entries import DirectoryEntry
 from store.trees import Directory, Row
@@ -40,6 +46,12 @@ HUGE = 16_384
 """Nodes from which a subtree is a layer at first sight."""
 MOST_LAYERS = 128
 """In one mount. Each makes a lookup in a directory that layers share a little longer; overlayfs takes 500."""
+
+ENOUGH = 512
+"""Nodes to be laid out from which on it is worth looking for something that is nearly the same: a difference costs a
+mount more, and a lookup in each directory that it has, a probe more."""
+ALIKE = 32
+"""One node in so many may differ. When more do, their number has grown over many trees, and new layers pay."""
 
 RowsOf = Callable[[int], Iterable[Row]]
 """The rows of the directory with that id, in order of name."""
@@ -64,6 +76,8 @@ class Sight(Enum):
 
     LAYER = auto()
     SEEN = auto()
+    ALIKE = auto()
+    """Nearly the same is a layer, at the same path."""
     CHANGED = auto()
     NEW = auto()
 
@@ -79,7 +93,14 @@ class Plan(NamedTuple):
     noted: list[Subtree]
 
 
-_TAKEN = frozenset({Sight.LAYER, Sight.SEEN})
+_TAKEN = frozenset({Sight.LAYER, Sight.SEEN, Sight.ALIKE})
+
+
+class Over(NamedTuple):
+    """What to lay over a tree to have another one: `parts`, the first of which is the root, and paths that are gone."""
+
+    parts: list[Part]
+    gone: list[bytes]
 
 
 def plan(root: Directory, rows_of: RowsOf, known: Known) -> Plan:
@@ -110,9 +131,51 @@ def plan_layer(subtree: Subtree, rows_of: RowsOf) -> Plan:
     for name in subtree.path.split(b"/") if subtree.path else []:
         # Of an entry that leads to the subtree only the name matters.
         leading.append(Part(above, [Row(0, DirectoryEntry(name, subtree.digest))]))
-        above = above + b"/" + name if above else name
+        above = _join(above, name)
     whole = _walk(subtree, rows_of, lambda inner: False)
     return whole._replace(parts=leading + whole.parts)
+
+
+def plan_over(subtree: Subtree, differences: Iterable[Difference]) -> Over | None:
+    """How to lay a subtree over another one from which it differs so; None where that is much (`ALIKE`)."""
+    left = subtree.nodes // ALIKE
+    rows: dict[bytes, list[Row]] = {b"": []}
+    gone: list[bytes] = []
+
+    def enter(path: bytes) -> list[Row]:
+        """What is made in a directory, which is made if need be, with those above."""
+        missing = []
+        while path not in rows:
+            missing.append(path)
+            path = path.rpartition(b"/")[0]
+        for inner in reversed(missing):
+            # Of an entry that leads on only the name matters.
+            rows[path].append(Row(0, DirectoryEntry(inner.rpartition(b"/")[2], subtree.digest)))
+            rows[inner] = []
+            path = inner
+        return rows[path]
+
+    enter(subtree.path)
+    covered = b"/"
+    for below, old, new in differences:
+        left -= 1
+        if left < 0:
+            return None
+        path = _join(subtree.path, below)
+        if isinstance(new, DirectoryEntry):
+            enter(path)
+        elif new is not None:
+            enter(path.rpartition(b"/")[0]).append(Row(0, new))
+        elif not path.startswith(covered):
+            gone.append(path)
+        if isinstance(old, DirectoryEntry) and not path.startswith(covered):
+            # What was in it can't be seen any more.
+            covered = path + b"/"
+    return Over([Part(path, made) for path, made in rows.items()], gone)
+
+
+def _join(path: bytes, name: bytes) -> bytes:
+    return path + b"/" + name if path else name
 
 
 def _walk(top: Subtree, rows_of: RowsOf, takes: Callable[[Subtree], bool]) -> Plan:
@@ -127,7 +190,7 @@ def _walk(top: Subtree, rows_of: RowsOf, takes: Callable[[Subtree], bool]) -> Pl
         below = []
         for row in rows_of(number):
             if row.id:
-                inner = path + b"/" + row.entry.name if path else row.entry.name
+                inner = _join(path, row.entry.name)
                 if row.nodes >= LEAST:
                     subtree = Subtree(inner, _digest_of(row), row.id, row.nodes)
                     if takes(subtree):

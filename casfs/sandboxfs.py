@@ -159,13 +159,19 @@ class Sandboxfs:
             return
         with ExitStack() as opened:
             try:
-                layers = self.layers.lay_out(region.files, region.links, region.directories, region.places, opened)
+                laid = self.layers.lay_out(region.files, region.links, region.directories, region.places, opened)
+                if laid.data and host is not None and not host.writable:
+                    raise SandboxError(
+                        f"can't map files of an overlay into {printable(host.host)}, which is mapped read-only itself"
+                    )
                 with FileSystemContext("overlay") as context:
                     context.set_string("source", SOURCE)
                     # Without metacopy, which with these there isn't: what is copied up is copied whole.
                     context.set_flag("userxattr")
-                    for layer in layers:
+                    for layer in laid.layers:
                         context.set_descriptor("lowerdir+", layer)
+                    for directory in laid.data:
+                        context.set_descriptor("datadir+", directory)
                     attributes = NO_SUID | NO_DEV
                     if host is not None and host.writable:
                         upper = os.open(f"/proc/self/fd/{host.descriptor}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -177,11 +183,18 @@ class Sandboxfs:
                         context.set_flag("volatile")
                     else:
                         attributes |= READ_ONLY
-                        # Overlayfs takes no less than two layers where there is no upper one.
-                        context.set_descriptor("lowerdir+", self._empty if host is None else host.descriptor)
+                        if not laid.data:
+                            # Overlayfs takes no less than two layers where there is no upper one.
+                            context.set_descriptor("lowerdir+", self._empty if host is None else host.descriptor)
                     mounted = context.mount(attributes)
             except OSError as error:
                 where = printable(host.host) if host else "the files"
+                if host is not None and host.writable and self._volumes.kind(host.descriptor) == "overlay":
+                    raise SandboxError(
+                        f"can't write to {where}: it is on an overlay, as a container's root directory is, and one "
+                        "can't be written through another; have Bazel's --output_base on another file system, such as "
+                        "a volume or a tmpfs"
+                    ) from error
                 raise SandboxError(
                     f"can't lay out {len(region.files)} files over {where}: {error.strerror or error}"
                 ) from error

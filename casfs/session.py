@@ -486,10 +486,14 @@ def _passed_through(unique: int, backing_id: BackingId) -> bytes:
     return wire.encode_open(unique, backing_id, _PASSED_THROUGH, backing_id)
 
 
-def make_session(device: int, tree: Tree, contents: Contents, passthrough: bool, tracer: Tracer | None) -> Session:
+def make_session(
+    device: int, tree: Tree, contents: Contents, passthrough: bool, tracer: Tracer | None, *, poll: bool = True
+) -> Session:
     """A session that fetches what is missing; with a `tracer`, one that tells it of each upcall."""
     if tracer is None:
-        return Session(device, tree, contents, passthrough=passthrough, fetch=contents.fetch)
+        return Session(device, tree, contents, passthrough=passthrough, poll=poll, fetch=contents.fetch)
     from casfs.session_traced import TracedSession
 
-    return TracedSession(device, tree, contents, passthrough=passthrough, fetch=contents.fetch, tracer=tracer)
+    return TracedSession(
+        device, tree, contents, passthrough=passthrough, poll=poll, fetch=contents.fetch, tracer=tracer
+    )

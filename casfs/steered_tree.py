@@ -18,9 +18,8 @@ import threading
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ from store.entries import (
 from store.index import Index
 from store.trees import Directory, get_directory
 
+_PARENTS_MOST = 1 << 12
 _ADDED = 1 << 40
 """Listings: cookies from here on are those of names that the segment doesn't have; a tree has fewer nodes."""
 
@@ -70,8 +70,7 @@ class _Leaf:
         return node_id
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
+class _Segment(NamedTuple):
     """Nodes `first` to `end` - 1; where its root is put: the entry `name` of `parent`."""
 
     first: NodeId
@@ -91,6 +90,43 @@ class _Altered:
     mtime_ns: int = 0
 
 
+class _Before(NamedTuple):
+    """One entry of a directory as it was."""
+
+    altered: _Altered
+    name: bytes
+    had: bool
+    entry: Node | None
+    cookie: int | None
+    links: int
+    mtime_ns: int
+
+    def restore(self) -> None:
+        altered, name = self.altered, self.name
+        if self.had:
+            altered.entries[name] = self.entry
+        else:
+            altered.entries.pop(name, None)
+        if self.cookie is None:
+            altered.added.pop(name, None)
+        else:
+            altered.added[name] = self.cookie
+        altered.links, altered.mtime_ns = self.links, self.mtime_ns
+
+
+class _Step(NamedTuple):
+    """What is needed to undo a step, and what it makes stale."""
+
+    first: NodeId
+    cookie: int
+    now: int
+    """Nanoseconds since the epoch."""
+    before: list[_Before]
+    made: list[NodeId]
+    """Directories in which nothing differed before."""
+    stale: list[Stale]
+
+
 class SteeredTree:
     """A tree and the changes made to it so far. Implements `casfs.tree.Tree`."""
 
@@ -105,6 +141,10 @@ class SteeredTree:
         self._firsts = [ROOT]
         self._segments = {ROOT: _Segment(ROOT, self._next, base, ROOT, b"")}
         self._altered: dict[NodeId, _Altered] = {}
+        self._altered_ids: list[NodeId] = []
+        """The keys of that, in order."""
+        self._parents: dict[bytes, NodeId] = {}
+        """Directories that changes were made in, by path: until a directory goes, these stay what they are."""
         self._retired: set[NodeId] = set()
         self._lock = threading.Lock()
         """Held while anything above is read or changed: nobody sees half of a step."""
@@ -188,19 +228,16 @@ class SteeredTree:
 
         Raises BadChange naming the one that can't be made, BadName, MissingTree.
         """
-        stale: list[Stale] = []
         with self._lock:
-            undo: list[Callable[[], None]] = []
-            first, cookie = self._next, self._cookies
-            parents: dict[bytes, NodeId] = {}
+            step = _Step(self._next, self._cookies, time.time_ns(), [], [], [])
             try:
                 for change in changes:
-                    self._apply(change, parents, undo, stale)
+                    self._apply(change, step)
             except BaseException:
-                for restore in reversed(undo):
-                    restore()
-                self._next, self._cookies = first, cookie
+                self._undo(step)
                 raise
+            # Each once: of what the kernel was told twice it says the second time that it never had it.
+            stale = list(dict.fromkeys(step.stale))
             for _, _, retired in stale:
                 if retired is not None:
                     self._retire(retired)
@@ -235,56 +272,56 @@ class SteeredTree:
             return node
         return node._replace(nlink=node.nlink + altered.links, mtime_ns=altered.mtime_ns)
 
-    def _apply(
-        self, change: Change, parents: dict[bytes, NodeId], undo: list[Callable[[], None]], stale: list[Stale]
-    ) -> None:
-        """One change; `parents` are directories found before, by path."""
+    def _undo(self, step: _Step) -> None:
+        for before in reversed(step.before):
+            before.restore()
+        for directory in step.made:
+            self._forget_altered(directory, directory + 1)
+        while self._firsts[-1] >= step.first:
+            del self._segments[self._firsts.pop()]
+        self._next, self._cookies = step.first, step.cookie
+        self._parents.clear()
+
+    def _apply(self, change: Change, step: _Step) -> None:
+        """One change."""
         *above, name = split_path(change.path, change.kind)
         path = b"/".join(above)
-        parent = parents.get(path)
+        parent = self._parents.get(path)
         if parent is None:
-            parent = parents[path] = self._find_parent(change, above, undo, stale)
+            if len(self._parents) >= _PARENTS_MOST:
+                self._parents.clear()
+            parent = self._parents[path] = self._find_parent(change, above, step)
         old = self._lookup(parent, name)
         if old is not None and change.kind == "add":
             raise BadChange(f"can't add {printable(change.path)}: it is there already; 'replace' takes its place")
         if old is None and change.kind != "add":
             raise BadChange(f"can't {change.kind} {printable(change.path)}: it isn't there")
-        self._put(parent, name, change.entry, old, undo, stale)
+        self._put(parent, name, change.entry, old, step)
         if old is not None and old.directory:
-            parents.clear()
+            self._parents.clear()
 
-    def _find_parent(
-        self, change: Change, above: list[bytes], undo: list[Callable[[], None]], stale: list[Stale]
-    ) -> NodeId:
+    def _find_parent(self, change: Change, above: list[bytes], step: _Step) -> NodeId:
         """The directory a change is made in; to add something, what is missing of it is made."""
         parent = ROOT
         for depth, component in enumerate(above):
             node = self._lookup(parent, component)
             if node is None and change.kind == "add":
-                node = self._put(parent, component, DirectoryEntry(component, self._empty.digest), None, undo, stale)
-            where = printable(b"/".join(above[: depth + 1]))
-            if node is None:
-                raise BadChange(f"can't {change.kind} {printable(change.path)}: there is no {where}")
-            if not node.directory:
-                raise BadChange(f"can't {change.kind} {printable(change.path)}: {where} is not a directory")
+                node = self._put(parent, component, DirectoryEntry(component, self._empty.digest), None, step)
+            if node is None or not node.directory:
+                where = printable(b"/".join(above[: depth + 1]))
+                why = f"there is no {where}" if node is None else f"{where} is not a directory"
+                raise BadChange(f"can't {change.kind} {printable(change.path)}: {why}")
             parent = node.id
         return parent
 
-    def _put(
-        self,
-        parent: NodeId,
-        name: bytes,
-        entry: Entry | None,
-        old: Node | None,
-        undo: list[Callable[[], None]],
-        stale: list[Stale],
-    ) -> Node | None:
-        node = None if entry is None else self._graft(parent, name, entry, undo)
+    def _put(self, parent: NodeId, name: bytes, entry: Entry | None, old: Node | None, step: _Step) -> Node | None:
+        node = None if entry is None else self._graft(parent, name, entry)
         altered = self._altered.get(parent)
         if altered is None:
             altered = self._altered[parent] = _Altered()
-            undo.append(partial(self._altered.__delitem__, parent))
-        undo.append(_restorer(altered, name))
+            insort(self._altered_ids, parent)
+            step.made.append(parent)
+        step.before.append(_before(altered, name))
         is_new = old is None and name not in altered.entries
         altered.entries[name] = node
         if node is None:
@@ -294,11 +331,11 @@ class SteeredTree:
             self._cookies += 1
             altered.added[name] = self._cookies
         altered.links += (node is not None and node.directory > 0) - (old is not None and old.directory > 0)
-        altered.mtime_ns = time.time_ns()
+        altered.mtime_ns = step.now
         retired = old.id if old is not None and old.id in self._segments else None
         if old is not None and old.directory:
-            stale.extend(self._put_below(old))
-        stale.append(Stale(parent, name, retired))
+            step.stale.extend(self._put_below(old))
+        step.stale.append(Stale(parent, name, retired))
         return node
 
     def _put_below(self, directory: Node) -> Iterator[Stale]:
@@ -306,12 +343,15 @@ class SteeredTree:
         pending = [(directory.id, directory.id + directory.nodes)]
         while pending:
             first, end = pending.pop()
-            for segment in self._segments.values():
-                if first <= segment.parent < end and segment.first != ROOT and segment.first not in self._retired:
-                    yield Stale(segment.parent, segment.name, segment.first)
-                    pending.append((segment.first, segment.end))
+            low, high = bisect_left(self._altered_ids, first), bisect_left(self._altered_ids, end)
+            for parent in self._altered_ids[low:high]:
+                for name, node in self._altered[parent].entries.items():
+                    segment = self._segments.get(node.id) if node is not None else None
+                    if segment is not None and segment.first not in self._retired:
+                        yield Stale(parent, name, segment.first)
+                        pending.append((segment.first, segment.end))
 
-    def _graft(self, parent: NodeId, name: bytes, entry: Entry, undo: list[Callable[[], None]]) -> Node:
+    def _graft(self, parent: NodeId, name: bytes, entry: Entry) -> Node:
         """Give an entry the next ids."""
         first = self._next
         tree: ProjectedTree | _Leaf
@@ -324,8 +364,7 @@ class SteeredTree:
             tree, nodes = _Leaf(Node(first, mode, size, mtime_ns, 1, entry)), 1
         self._next = NodeId(first + nodes)
         self._segments[first] = _Segment(first, self._next, tree, parent, name)
-        insort(self._firsts, first)
-        undo.append(partial(self._remove_segment, first))
+        self._firsts.append(first)  # the greatest so far
         return tree.get_node(first)
 
     def _retire(self, first: NodeId) -> None:
@@ -339,30 +378,23 @@ class SteeredTree:
         segment = self._segments[first]
         self._remove_segment(first)
         if isinstance(segment.tree, ProjectedTree):
-            for node_id in [n for n in self._altered if first <= n < segment.end]:
-                del self._altered[node_id]
+            self._forget_altered(first, segment.end)
         self.dropped.append(first)
+
+    def _forget_altered(self, first: int, end: int) -> None:
+        """What differs in the directories with ids from `first` on, below `end`."""
+        low, high = bisect_left(self._altered_ids, first), bisect_left(self._altered_ids, end)
+        for node_id in self._altered_ids[low:high]:
+            del self._altered[node_id]
+        del self._altered_ids[low:high]
 
     def _remove_segment(self, first: NodeId) -> None:
         del self._segments[first]
         del self._firsts[bisect_right(self._firsts, first) - 1]
 
 
-def _restorer(altered: _Altered, name: bytes) -> Callable[[], None]:
-    """What makes one entry of a directory as it is now."""
-    had, entry = name in altered.entries, altered.entries.get(name)
-    cookie = altered.added.get(name)
-    links, mtime_ns = altered.links, altered.mtime_ns
-
-    def restore() -> None:
-        if had:
-            altered.entries[name] = entry
-        else:
-            altered.entries.pop(name, None)
-        if cookie is None:
-            altered.added.pop(name, None)
-        else:
-            altered.added[name] = cookie
-        altered.links, altered.mtime_ns = links, mtime_ns
-
-    return restore
+def _before(altered: _Altered, name: bytes) -> _Before:
+    entries = altered.entries
+    return _Before(
+        altered, name, name in entries, entries.get(name), altered.added.get(name), altered.links, altered.mtime_ns
+    )

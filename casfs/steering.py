@@ -9,17 +9,23 @@ dropped. So once `remap` has returned nothing stale is seen.
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from casfs.changes import Change, digests_of
 from casfs.steered_tree import Stale, SteeredTree
 from casfs.tree import NodeId, ProjectedTree
+from store.entries import DirectoryEntry
 from store.leases import Lease
 from store.repository import Store
 from store.treebuilder import TreeBuilder
+
+_SHARED_MOST = 64
+"""So many blobs of small steps share a lease: one for each would take longer than the rest of such a step. They are let
+go together, when the last of them is gone."""
 
 
 class Steerable(Protocol):
@@ -33,6 +39,19 @@ class Steerable(Protocol):
 
     def invalidate_inode(self, node_id: NodeId) -> None:
         """Have the kernel drop cached attributes and listings."""
+
+
+@contextmanager
+def not_collecting() -> Iterator[None]:
+    """While a large step makes its objects, which all stay, the interpreter needn't look for garbage among them.
+
+    That is for the whole process, so a step in another thread may end it early: no harm.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Steering:
@@ -49,6 +68,9 @@ class Steering:
         self._tree: SteeredTree | None = None
         self._leases: dict[NodeId, Lease] = {}
         self._users: dict[str, int] = {}
+        """By lease: how many of what was put somewhere is held by it."""
+        self._shared: Lease | None = None
+        self._room = 0
 
     def remap(self, changes: Sequence[Change]) -> int:
         """Make all changes in one step, or none; returns how many nodes' names the kernel was told of.
@@ -58,13 +80,14 @@ class Steering:
         """
         with self._turn:
             tree = self._begin()
-            with ExitStack() as failing:
-                lease = self._hold(changes)
-                if lease is not None:
-                    failing.callback(lease.release)
-                before = tree.next_id()
+            lease = self._hold(changes)
+            before = tree.next_id()
+            try:
                 stale = tree.apply(changes)
-                failing.pop_all()
+            except BaseException:
+                if lease is not None:
+                    self._release_unused(lease)
+                raise
             if lease is not None:
                 self._remember(lease, tree.firsts_since(before))
             told = self._tell(tree, stale)
@@ -81,15 +104,34 @@ class Steering:
             self._session.use_tree(self._tree)
         return self._tree
 
-    def _hold(self, changes: Iterable[Change]) -> Lease | None:
+    def _hold(self, changes: Sequence[Change]) -> Lease | None:
         """A lease on what is put somewhere."""
         digests = digests_of(changes)
-        return self._store.leases.acquire("remap", digests, self._place) if digests else None
+        if not digests:
+            return None
+        # A tree may be large, so it waits for no others to go.
+        small = len(digests) <= _SHARED_MOST and not any(isinstance(c.entry, DirectoryEntry) for c in changes)
+        if small and self._shared is not None and len(digests) <= self._room:
+            self._shared.add(digests)
+            self._room -= len(digests)
+            return self._shared
+        lease = self._store.leases.acquire("remap", digests, self._place)
+        self._users[lease.info.id] = 0
+        if small:
+            self._shared, self._room = lease, _SHARED_MOST - len(digests)
+        return lease
 
     def _remember(self, lease: Lease, firsts: list[NodeId]) -> None:
-        self._users[lease.info.id] = len(firsts)
+        self._users[lease.info.id] += len(firsts)
         for first in firsts:
             self._leases[first] = lease
+
+    def _release_unused(self, lease: Lease) -> None:
+        if not self._users[lease.info.id]:
+            del self._users[lease.info.id]
+            if lease is self._shared:
+                self._shared = None
+            lease.release()
 
     def _tell(self, tree: SteeredTree, stale: list[Stale]) -> int:
         told = 0
@@ -105,12 +147,9 @@ class Steering:
     def _release_dropped(self, tree: SteeredTree) -> None:
         while tree.dropped:
             lease = self._leases.pop(tree.dropped.popleft(), None)
-            if lease is None:
-                continue
-            left = self._users[lease.info.id] = self._users[lease.info.id] - 1
-            if not left:
-                del self._users[lease.info.id]
-                lease.release()
+            if lease is not None:
+                self._users[lease.info.id] -= 1
+                self._release_unused(lease)
 
     def close(self) -> None:
         """Let go of what is held."""
@@ -118,3 +157,5 @@ class Steering:
             for lease in {lease.info.id: lease for lease in self._leases.values()}.values():
                 lease.release()
             self._leases.clear()
+            self._users.clear()
+            self._shared = None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from store.entries import Entry
 from store.index import View
-from store.trees import Directory, Row, list_entries
+from store.trees import Directory, differing_entries
 
 
 class Difference(NamedTuple):
@@ -30,7 +30,7 @@ def compare_trees(view: View, old: Directory, new: Directory) -> Iterator[Differ
     """
     if old.digest == new.digest:
         return
-    stack = [(b"", _pair(view, old.id, new.id))]
+    stack = [(b"", differing_entries(view, old.id, new.id))]
     while stack:
         prefix, pairs = stack[-1]
         for before, after in pairs:
@@ -42,24 +42,7 @@ def compare_trees(view: View, old: Directory, new: Directory) -> Iterator[Differ
             if not all(below):
                 yield Difference(prefix + entry.name, old_entry, new_entry)
             if any(below):
-                stack.append((prefix + entry.name + b"/", _pair(view, *below)))
+                stack.append((prefix + entry.name + b"/", differing_entries(view, *below)))
                 break
         else:
             stack.pop()
-
-
-def _pair(view: View, old: int, new: int) -> Iterator[tuple[Row | None, Row | None]]:
-    """The rows of two directories, those of one name together; the id 0 is of a directory that isn't there."""
-    before = list_entries(view, old) if old else iter(())
-    after = list_entries(view, new) if new else iter(())
-    one, other = next(before, None), next(after, None)
-    while one or other:
-        if other is None or (one is not None and one.entry.name < other.entry.name):
-            yield one, None
-            one = next(before, None)
-        elif one is None or other.entry.name < one.entry.name:
-            yield None, other
-            other = next(after, None)
-        else:
-            yield one, other
-            one, other = next(before, None), next(after, None)

@@ -1,6 +1,7 @@
 """Leases: what must not be collected because something living uses it.
 
-A lease is a file ``leases/<id>``: JSON {"kind", "roots": [digest, …], "holder", "since"}.
+A lease is a file ``leases/<id>``: JSON {"kind", "roots": [digest, …], "holder", "since"}, and a line each for the
+digests that were added later.
 Whether the holder lives is not guessed from a process id (which means nothing
 in another pid namespace): it holds a lock on the file, and the kernel lets go
 of it when the last process with that descriptor is gone.
@@ -12,6 +13,7 @@ while nothing is being removed, and whoever removes looks at the leases first.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -43,10 +45,25 @@ class LeaseInfo(NamedTuple):
 class Lease:
     """A lease that this process holds until `release` or its death. Survives a fork; a context manager."""
 
-    def __init__(self, layout: Layout, info: LeaseInfo, lock: int) -> None:
+    def __init__(self, layout: Layout, blobs: Blobs, info: LeaseInfo, lock: int) -> None:
         self.info = info
+        """As it was taken, without what was added."""
+        self._layout = layout
+        self._blobs = blobs
         self._path = layout.leases / info.id
         self._lock = lock
+
+    def add(self, roots: Iterable[Digest]) -> None:
+        """Pin more, from now on, for as long as the lease is held: a fraction of what another lease would cost.
+
+        For one thread at a time.
+        """
+        lines = "".join(f"\n{digest}" for digest in roots).encode()
+        with translated(self._layout, f"adding to the lease of {self.info.holder}"), self._blobs.publishing():
+            size = os.lseek(self._lock, 0, os.SEEK_END)
+            if os.write(self._lock, lines) != len(lines):
+                os.ftruncate(self._lock, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def release(self) -> None:
         """Give the lease up."""
@@ -104,7 +121,7 @@ class Leases:
                 (self._layout.leases / lease_id).unlink(missing_ok=True)
                 os.close(lock)
                 raise
-        return Lease(self._layout, LeaseInfo(lease_id, kind, pinned, holder, since), lock)
+        return Lease(self._layout, self._blobs, LeaseInfo(lease_id, kind, pinned, holder, since), lock)
 
     def _make_locked(self) -> tuple[str, int]:
         while True:
@@ -133,8 +150,9 @@ class Leases:
         for name in os.listdir(self._layout.leases):
             # What is no lease is the lock of something else, or not written yet.
             with suppress(OSError, ValueError, KeyError, TypeError, BadDigest):
-                record = json.loads((self._layout.leases / name).read_bytes())
-                roots = tuple(map(Digest.parse, record["roots"]))
+                first, *added = (self._layout.leases / name).read_bytes().split(b"\n")
+                record = json.loads(first)
+                roots = tuple(map(Digest.parse, [*record["roots"], *(line.decode() for line in added)]))
                 yield LeaseInfo(name, record["kind"], roots, record["holder"], record["since"])
 
     def _is_held(self, lease_id: str) -> bool:

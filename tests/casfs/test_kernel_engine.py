@@ -105,7 +105,7 @@ def test_with_a_blob_missing_somebody_is_behind_the_mount_who_ends_with_it(mount
     assert (mounted.path / "directory" / "file").read_bytes() == CONTENT
     pid = mounted.pid
     mounted.unmount()
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the process to end")
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the process to end", 60)
     assert mounts.leases() == 0
 
 

@@ -299,6 +299,190 @@ print(json.dumps(texts))
     assert found == ["deep", "deep"]
 
 
+_MOVING = """
+import random
+from store.digest import DigestFunction
+from store.entries import SymlinkEntry, path_order
+
+def add(store, files):
+    with store.ingest() as ingest:
+        builder = TreeBuilder(store.index, ingest, DigestFunction.BLAKE3)
+        items = []
+        for path, content in sorted(files.items(), key=lambda item: path_order(item[0])):
+            name = path.rpartition(b"/")[2]
+            if isinstance(content, str):
+                items.append((path, SymlinkEntry(name, os.fsencode(content))))
+            else:
+                items.append((path, FileEntry(name, ingest.add_bytes(content, DigestFunction.BLAKE3), False)))
+        return builder.finish(builder.add_paths(items)).digest
+
+def expected(files):
+    found = {}
+    for path, content in files.items():
+        while path:
+            is_link = isinstance(content, str)
+            known = [content if is_link else content.hex(), None if is_link else False] if content is not None else None
+            found[os.fsdecode(path)] = known or [None, None]
+            path, content = path.rpartition(b"/")[0], None
+    return found
+
+def kinds(found):
+    # What os.walk says of links, which may be names of directories or of files, isn't what this is about.
+    return {path: content for path, (content, _) in found.items()}
+
+files = {b"d%02d/e%d/f%03d" % (n % 25, n % 3, n): b"file %d" % (n % 500) for n in range(2300)}
+files |= {b"d%02d/link" % n: "e1" for n in range(10)}
+files |= {b"tiny%02d/%s" % (n, name): b"tiny" for n in range(30) for name in (b"a", b"b/c")}
+choose = random.Random(7)
+
+def change(files):
+    files = dict(files)
+    for path in choose.sample(sorted(files), 6):
+        files[path] = b"changed %d" % choose.randrange(10**6)
+    for path in choose.sample(sorted(files), 4):
+        del files[path]
+    path = choose.choice(sorted(path for path in files if path.count(b"/") == 2))
+    files[path + b"/now/a/directory"] = files.pop(path)
+    doomed = choose.choice(sorted({path.split(b"/")[0] for path in files if path.startswith(b"tiny") and b"/" in path}))
+    for path in [path for path in files if path.startswith(doomed + b"/")]:
+        del files[path]
+    if choose.random() < 0.5:
+        files[doomed] = b"was a directory"
+    files[b"new/at/top%d" % choose.randrange(100)] = b"new"
+    return files
+"""
+
+
+def test_a_tree_that_is_nearly_the_same_as_a_kept_one_is_shown_as_it_is_and_not_laid_out(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    results = run(
+        _MOVING
+        + """
+results = []
+with Store.open(place) as store, Sandboxes(store, engine="kernel") as sandboxes:
+    trees = [files, *(change(files) for _ in range(6))]
+    trees += [change(trees[1]), trees[2], trees[2], files]
+    for tree in trees:
+        with sandboxes.open(add(store, tree)) as sandbox:
+            shown = snapshot(sandbox.scratch.merged)
+            counts = sandboxes.projector.get_layouts().statistics()
+            results.append([kinds(shown) == kinds(expected(tree)), sandbox.projection.laid_out, counts["differences"]])
+            top = sandbox.scratch.merged
+            for path in list(tree)[:50]:
+                # Whatever of it is where, all of it can be written over and taken away.
+                if not isinstance(tree[path], str):
+                    (top / os.fsdecode(path)).write_bytes(b"by the action")
+            shown = kinds(snapshot(top))
+            written = b"by the action".hex(), "e1"
+            results[-1][0] &= all(shown[os.fsdecode(path)] in written for path in list(tree)[:50])
+print(json.dumps(results))
+"""
+    )
+    assert all(right for right, _, _ in results)
+    laid_out = [count for _, count, _ in results]
+    assert laid_out[0] > 2300
+    assert laid_out[1:] == [0] * (len(results) - 1)
+    # What is seen once goes with its mount; what comes again is kept.
+    assert [kept for _, _, kept in results] == [0] * 8 + [1, 1, 1]
+
+
+def test_a_tree_in_which_much_changed_or_that_is_no_longer_in_the_index_is_laid_out(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    results = run(
+        _MOVING
+        + """
+results = []
+with Store.open(place) as store, Sandboxes(store, engine="kernel") as sandboxes:
+    other = {path: b"of another version" if n % 10 == 0 else content for n, (path, content) in enumerate(files.items())}
+    for tree in (files, other, files, change(other)):
+        with sandboxes.open(add(store, tree)) as sandbox:
+            shown = kinds(snapshot(sandbox.scratch.merged))
+            results.append([shown == kinds(expected(tree)), sandbox.projection.laid_out])
+    last = change(change(other))
+    root = add(store, last)
+    layers.find_directory = lambda view, digest: None
+    with sandboxes.open(root) as sandbox:
+        shown = kinds(snapshot(sandbox.scratch.merged))
+        results.append([shown == kinds(expected(last)), sandbox.projection.laid_out])
+print(json.dumps(results))
+"""
+    )
+    assert all(right for right, _ in results)
+    assert [count > 500 for _, count in results] == [True, True, False, False, True]
+
+
+def test_what_is_missing_of_what_two_trees_have_in_common_is_fetched_or_an_error(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    result = run(
+        _MOVING
+        + """
+import store.layout as layout
+with Store.open(place) as store, Sandboxes(store, engine="kernel") as sandboxes:
+    with sandboxes.open(add(store, files)):
+        pass
+    changed = {**files, b"d00/e0/f000": b"changed"}
+    root = add(store, changed)
+    lost = DigestFunction.BLAKE3.of(b"file 7")
+    path = place / "blobs" / layout.blob_path(lost)
+    os.rename(path, place / "tmp" / "aside")
+    try:
+        store.blobs.open(lost)
+    except Exception:
+        pass  # so the row is gone, as after a collection
+    result = []
+    for there in (False, True):
+        if there:
+            os.rename(place / "tmp" / "aside", path)
+        with sandboxes.open(root) as sandbox:
+            for name in (b"d07/e1/f007", b"d00/e0/f000", b"d08/e2/f008"):
+                try:
+                    result.append((sandbox.scratch.merged / os.fsdecode(name)).read_text())
+                except OSError as error:
+                    result.append(error.errno)
+    print(json.dumps(result))
+"""
+    )
+    assert result == [5, "changed", "file 8", "file 7", "changed", "file 8"]
+
+
+def test_differences_are_dropped_before_what_they_are_over(run: Callable[..., Any], tmp_path: Path) -> None:
+    kept, leaked = run(
+        _MOVING
+        + """
+with Store.open(place) as store:
+    first = Layers(store)
+    first.lay_out(add(store, files)).close()
+    first.close()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    some = Layers(store, budget=layers.MEMORY_PER_NODE * 2500 + 300_000)
+    with some.lay_out(add(store, files)):
+        pass
+    kept = []
+    for _ in range(5):
+        root = add(store, change(files))
+        for _ in range(2):
+            with some.lay_out(root):
+                kept.append(some.statistics()["differences"])
+    kept.append(some.statistics()["layers"])
+    none = Layers(store, budget=0)
+    for tree in (files, change(files), files):
+        root = add(store, tree)
+        for _ in range(2):
+            none.lay_out(root).close()
+    kept.append(none.statistics()["layers"])
+    some.close()
+    none.close()
+    print(json.dumps([kept, len(os.listdir("/proc/self/fd")) - descriptors]))
+"""
+    )
+    # One of them fits beside what it is over.
+    assert kept == [0, *[1] * 9, 2, 0]
+    assert leaked == 0
+
+
 _COLLECTED = """
 import threading, time
 from store.blobs import pack_row, unpack_row

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import pytest
 
-from casfs.planning import HUGE, LEAST, MOST_LAYERS, Plan, Sight, Subtree, plan, plan_layer
+from casfs.metadata import Part
+from casfs.planning import ALIKE, HUGE, LEAST, MOST_LAYERS, Over, Plan, Sight, Subtree, plan, plan_layer, plan_over
+from store.compare import Difference
 from store.digest import Digest, DigestFunction
 from store.entries import DirectoryEntry, FileEntry
 from store.trees import Directory, Row
@@ -122,3 +124,61 @@ def test_a_layer_has_the_directories_that_lead_to_it_and_all_below() -> None:
     assert [part.path for part in planned.parts] == [b"", b"a", b"a/b", b"a/b/big", b"a/b/big/inner"]
     assert [[row.entry.name for row in part.rows] for part in planned.parts[:3]] == [[b"a"], [b"b"], [b"big"]]
     assert paths(planned.noted) == [b"a/b/big", b"a/b/big/inner"]
+
+
+def over(nodes: int, *differences: Difference) -> Over | None:
+    return plan_over(Subtree(b"a/b", _digest(0), 1, nodes), differences)
+
+
+def laid(parts: Iterable[Part]) -> dict[bytes, list[bytes]]:
+    return {part.path: [row.entry.name for row in part.rows] for part in parts}
+
+
+FILE = FileEntry(b"f", _digest(1), False)
+DIRECTORY = DirectoryEntry(b"d", _digest(2))
+
+
+def test_a_difference_has_what_changed_with_the_directories_above_it() -> None:
+    changed, new, gone = (b"x/f", FILE, FILE), (b"x/y/f", None, FILE), (b"z/f", FILE, None)
+    planned = over(1000, *(Difference(*difference) for difference in (changed, new, gone)))
+    assert planned is not None
+    assert laid(planned.parts) == {
+        b"": [b"a"],
+        b"a": [b"b"],
+        b"a/b": [b"x"],
+        b"a/b/x": [b"f", b"y"],
+        b"a/b/x/y": [b"f"],
+    }
+    assert [part.path for part in planned.parts] == sorted(part.path for part in planned.parts)
+    assert planned.gone == [b"a/b/z/f"]
+
+
+def test_what_was_in_a_directory_that_is_gone_or_is_none_any_more_is_not_named() -> None:
+    planned = over(
+        1000,
+        Difference(b"d", DIRECTORY, None),
+        Difference(b"d/f", FILE, None),
+        Difference(b"d/g", DIRECTORY, None),
+        Difference(b"d/g/f", FILE, None),
+        Difference(b"f", DIRECTORY, FILE),
+        Difference(b"f/f", FILE, None),
+        Difference(b"g", FILE, DIRECTORY),
+        Difference(b"g/f", None, FILE),
+        Difference(b"h", FILE, None),
+    )
+    assert planned is not None
+    assert laid(planned.parts)[b"a/b"] == [b"f", b"g"]
+    assert laid(planned.parts)[b"a/b/g"] == [b"f"]
+    assert planned.gone == [b"a/b/d", b"a/b/h"]
+
+
+def test_what_differs_in_much_is_not_laid_over() -> None:
+    many = [Difference(b"%d" % number, FILE, None) for number in range(10)]
+    assert over(10 * ALIKE, *many) is not None
+    assert over(10 * ALIKE - 1, *many) is None
+
+
+def test_what_is_nearly_the_same_as_a_layer_is_taken() -> None:
+    planned = Made(TREE).plan({b"big": Sight.ALIKE})
+    assert paths(planned.layers) == [b"big"]
+    assert paths(planned.noted) == [b""]

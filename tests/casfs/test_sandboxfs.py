@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from casfs.errors import BadMountPoint, SandboxError
+from casfs.errors import BadMountPoint, MountError, SandboxError
 from casfs.host_layers import LEAST
 from casfs.mountinfo import list_mounts
+from casfs.planning import ENOUGH
 from casfs.sandboxfs import SOURCE, Sandboxfs
 from casfs.sandboxfs_protocol import Mapping, map_path
 from tests.conftest import Requirements
@@ -385,6 +386,39 @@ def test_what_comes_again_is_not_laid_out_again(sandboxfs: Sandboxfs, host: Path
     assert sorted(os.listdir(sandboxfs.place / "fewer")) == sorted(file.name for file in files[:50])
 
 
+def test_what_changed_a_little_is_not_laid_out_again(sandboxfs: Sandboxfs, host: Path) -> None:
+    files = [host / f"d{number % 7}" / f"f{number}" for number in range(2 * ENOUGH)]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"0 of {file.name}")
+    changed = 0
+
+    def check(name: str, mapped: list[Path]) -> int:
+        before = sandboxfs.layers.laid_out
+        sandboxfs.create(name, [read_only(str(file.relative_to(host)), file) for file in mapped])
+        top = sandboxfs.place / name
+        assert everything(top) == sorted({str(p.relative_to(host)) for file in mapped for p in (file, file.parent)})
+        for file in mapped:
+            shown = top / file.relative_to(host)
+            assert shown.read_text() == file.read_text()
+            assert (shown.stat().st_size, shown.stat().st_mtime_ns) == (file.stat().st_size, file.stat().st_mtime_ns)
+        sandboxfs.destroy(name)
+        return sandboxfs.layers.laid_out - before
+
+    assert [check(f"before {turn}", files) for turn in range(3)] == [len(files), len(files), 0]
+    for turn in range(1, 12):
+        for file in files[turn % 3 : turn % 3 + 10]:
+            (rewrite_in_place if turn % 2 else rewrite_by_rename)(file, f"{turn:>{turn}} of {file.name}, changed")
+        changed = min(10 + (turn - 1), 12)
+        assert check(f"changed {turn}", files) == changed
+    # Less of it is no file that hides what was there; and what is no longer wanted doesn't show through.
+    assert check("fewer", files[1:]) == len(files) - 1
+    # When much has changed there is a new layer.
+    for file in files[::8]:
+        file.write_text("many of them")
+    assert [check(f"many {turn}", files) for turn in range(3)] == [len(files), len(files) // 8, 0]
+
+
 def test_layers_stay_below_their_budget(tmp_path: Path, host: Path, requires: Requirements) -> None:
     requires.admin()
     (tmp_path / "mnt").mkdir()
@@ -456,3 +490,101 @@ def test_a_place_that_can_t_be_one(tmp_path: Path, host: Path, requires: Require
     for place, said in ((tmp_path / "none", "does not exist"), (host, "not empty"), (host / "run.sh", "not a dir")):
         with pytest.raises(BadMountPoint, match=said):
             Sandboxfs(place)
+
+
+# A host file system that is an overlay, as in a container
+
+
+@pytest.fixture
+def container(tmp_path: Path, host: Path, requires: Requirements) -> Iterator[Callable[..., Path]]:
+    """Makes an overlay, of the host's files or of directories that are named."""
+    requires.admin()
+    made: list[Path] = []
+
+    def make(*lower: Path) -> Path:
+        base = tmp_path / f"container-{len(made)}"
+        for name in ("upper", "work", "root"):
+            (base / name).mkdir(parents=True)
+        layers = ":".join(map(str, lower or (host,)))
+        # Not on the same file system: that may be an overlay itself.
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", base / "upper"], check=True)
+        for name in ("u", "w"):
+            (base / "upper" / name).mkdir()
+        options = f"lowerdir={layers},upperdir={base}/upper/u,workdir={base}/upper/w"
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, base / "root"], check=True)
+        made.append(base)
+        return base / "root"
+
+    yield make
+    for base in reversed(made):
+        subprocess.run(["umount", "-l", base / "root", base / "upper"], check=True)
+
+
+def test_files_of_an_overlay_are_mapped_like_others(
+    container: Callable[..., Path], sandboxfs: Sandboxfs, host: Path, scratch: Path
+) -> None:
+    root = container()
+    (root / "src" / "made.h").write_text("made in the container\n")
+    files = [host / f"f{number}" for number in range(2 * LEAST)]
+    for file in files:
+        file.write_text(file.name)
+    for turn in range(3):
+        (root / "src" / "a.c").write_text(f"int a{turn};\n")
+        mapped = [read_only("ws/a.c", root / "src" / "a.c"), read_only("ws/x/made.h", root / "src" / "made.h")]
+        mapped += [read_only("run", root / "run.sh"), read_only("ws/empty", root / "empty")]
+        mapped += [read_only(f"ws/f/{file.name}", file) for file in files]
+        name = str(turn)
+        (scratch / name).mkdir()
+        sandboxfs.create(name, [writable("", scratch / name), *mapped])
+        sandboxfs.create(f"{name} read-only", mapped)
+        for top in (sandboxfs.place / name, sandboxfs.place / f"{name} read-only"):
+            assert (top / "ws" / "a.c").read_text() == f"int a{turn};\n"
+            assert (top / "ws" / "x" / "made.h").read_text() == "made in the container\n"
+            assert subprocess.run([top / "run"], capture_output=True, check=True).stdout == b"ran\n"
+            assert sorted(os.listdir(top / "ws")) == ["a.c", "empty", "f", "x"]
+            assert all((top / "ws" / "f" / file.name).read_text() == file.name for file in files)
+            with pytest.raises(FileNotFoundError):
+                (top / "ws" / "undeclared.h").stat()
+        top = sandboxfs.place / name
+        (top / "ws" / "a.c").chmod(0o600)
+        with (top / "ws" / "x" / "made.h").open("a") as made:
+            made.write("more\n")
+        assert (scratch / name / "ws" / "a.c").read_text() == f"int a{turn};\n", "copied whole"
+        assert (root / "src" / "made.h").read_text() == "made in the container\n"
+        (root / "run.sh").touch()
+    # Those of the overlay are laid out each time, the others once as new and once to be kept.
+    assert sandboxfs.layers.taken >= 4 * 2 * LEAST
+    sandboxfs.close()
+
+
+def test_a_file_of_an_overlay_that_is_rewritten_is_never_stale(
+    container: Callable[..., Path], sandboxfs: Sandboxfs
+) -> None:
+    root = container()
+    file = root / "src" / "a.c"
+    for turn in range(20):
+        (rewrite_in_place if turn % 2 else rewrite_by_rename)(file, f"{turn:06}\n")
+        sandboxfs.create(str(turn), [read_only("a.c", file)])
+        assert (sandboxfs.place / str(turn) / "a.c").read_text() == file.read_text()
+    sandboxfs.close()
+
+
+def test_what_an_overlay_can_not_do_is_said(
+    container: Callable[..., Path], sandboxfs: Sandboxfs, host: Path, tmp_path: Path
+) -> None:
+    one, other = container(), container()
+    with pytest.raises(MountError, match="both are overlays themselves"):
+        sandboxfs.create("0", [read_only("a", one / "run.sh"), read_only("b", other / "run.sh")])
+    deep = container(one)
+    with pytest.raises(MountError, match="the kernel has no overlay over it"):
+        sandboxfs.create("0", [read_only("a", deep / "run.sh")])
+    (one / "scratch").mkdir()
+    with pytest.raises(SandboxError, match="--output_base on another file system"):
+        sandboxfs.create("0", [writable("", one / "scratch"), read_only("a", host / "run.sh")])
+    with pytest.raises(SandboxError, match="mapped read-only itself"):
+        sandboxfs.create("0", [read_only("", host), read_only("new", one / "run.sh")])
+    assert os.listdir(sandboxfs.place) == []
+    sandboxfs.create("0", [read_only("a", one / "run.sh"), writable("out", one / "scratch")])
+    (sandboxfs.place / "0" / "out" / "made").write_text("made")
+    assert (one / "scratch" / "made").read_text() == "made"
+    sandboxfs.close()

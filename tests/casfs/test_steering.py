@@ -12,7 +12,7 @@ import pytest
 
 from casfs import control
 from casfs.changes import Change, decode_changes, encode_changes
-from casfs.errors import BadChange
+from casfs.errors import BadChange, MountError, NotMounted
 from casfs.steered_tree import SteeredTree
 from casfs.tree import ROOT, NoSuchNode, ProjectedTree
 from store.digest import Digest, DigestFunction
@@ -243,9 +243,44 @@ def test_many_changes_in_one_step(mounts: Mounts, mounted: Mounted) -> None:
     assert sum(len(found) for _, _, found in os.walk(mounted.path / "many")) == 5000
 
 
+def test_a_connection_takes_one_step_after_the_other(mounts: Mounts, mounted: Mounted) -> None:
+    entries = [blob(mounts, b"%d" % number, b"top") for number in range(20)]
+    with control.steer(mounted.path) as connection:
+        for number, entry in enumerate(entries):
+            connection.remap([Change("replace", b"top", entry)])
+            assert (mounted.path / "top").read_bytes() == b"%d" % number
+        with pytest.raises(BadChange, match="it isn't there"):
+            connection.remap([Change("remove", b"none")])
+        # Others come in between, and nobody has to be quick.
+        remap(mounted, Change("remove", b"top"))
+        assert connection.remap([Change("add", b"top", entries[0])]) <= 1
+        assert (mounted.path / "top").read_bytes() == b"0"
+        with control.steer(mounted.path) as other:
+            assert other.call("statistics")["pid"] == mounted.pid
+        mounted.unmount()
+        with pytest.raises(MountError):
+            connection.remap([Change("remove", b"top")])
+    with pytest.raises(NotMounted):
+        control.steer(mounted.path)
+
+
+def test_many_directories_go_with_what_was_put_into_them(mounts: Mounts, engine: str) -> None:
+    count = 3000
+    mounted = mounts.mount(mounts.add_files({f"d{number:04}/f": b"x" for number in range(count)}), engine)
+    entry = blob(mounts, b"new", b"new")
+    remap(mounted, *[Change("add", b"d%04d/new" % number, entry) for number in range(count)])
+    assert len(os.listdir(mounted.path / "d0007")) == 2
+    remap(mounted, *[Change("remove", b"d%04d" % number) for number in range(count - 1)])
+    assert names(mounted.path) == [f"d{count - 1:04}"]
+    assert names(mounted.path / f"d{count - 1:04}") == ["f", "new"]
+
+
 def test_mounts_that_can_not_be_steered_say_so(mounts: Mounts) -> None:
     mounts.requires.admin()
     root = mounts.add_files(FILES)
+    whole = mounts.mount(root, "kernel")
+    with pytest.raises(BadChange, match="--engine passthrough"):
+        control.steer(whole.path)
     mounts.blob(b"top").unlink()
     mounted = mounts.mount(root, "kernel")
     with pytest.raises(BadChange, match="--engine passthrough"):
@@ -332,6 +367,22 @@ def test_what_was_put_below_a_directory_goes_with_it(steered: tuple[SteeredTree,
     for first in retired:
         tree.drop(first)
     assert set(tree.dropped) == retired
+
+
+def test_what_goes_twice_in_a_step_is_told_once(store: Store) -> None:
+    """The kernel says the second time that it had nothing there, and yet somebody may have it open."""
+    with store.ingest() as ingest:
+        builder = TreeBuilder(store.index, ingest, DigestFunction.BLAKE3)
+        empty = builder.finish(builder.add_directory([]))
+        file = FileEntry(b"f", ingest.add_bytes(b"f", DigestFunction.BLAKE3), False)
+        inner = builder.add_directory([DirectoryEntry(b"d", builder.add_directory([file]))])
+        root = builder.finish(builder.add_directory([DirectoryEntry(b"p", inner)]))
+    tree = SteeredTree(store.index, ProjectedTree(store.index, root), empty)
+    tree.apply([Change("add", b"p/d/s", SymlinkEntry(b"s", b"x"))])
+    stale = tree.apply([Change("remove", b"p/d"), Change("remove", b"p")])
+    assert len(stale) == len(set(stale)) == 3
+    again = tree.apply([Change("add", b"p/d/s", SymlinkEntry(b"s", b"x"))])
+    assert all(item.retired is None for item in again)
 
 
 def test_a_bad_name_is_the_stores_error(steered: tuple[SteeredTree, Digest]) -> None:

@@ -103,6 +103,22 @@ def test_what_a_manifest_or_a_lease_reaches_stays_until_it_ends(store: Store, tm
         assert view.count(Table.ENTRIES) == view.count(Table.STAMPS) == 0
 
 
+def test_what_is_added_to_a_lease_stays_until_that_ends(store: Store, tmp_path: Path) -> None:
+    tree = _tree(store, tmp_path / "top")
+    blobs = [_add(store, number, age=100_000) for number in range(3)]
+    lease = store.leases.acquire("test", [], "a test")
+    lease.add([tree.digest])
+    lease.add(blobs[:2])
+    [info] = store.leases.living()
+    assert info.roots == (tree.digest, *blobs[:2])
+    assert _collect(store).removed_blobs == 1
+    assert store.manifests.count_missing(tree.digest) == 0
+    assert store.blobs.missing(blobs) == blobs[2:]
+    lease.release()
+    _collect(store)
+    assert list(store.blobs.files()) == []
+
+
 def test_the_lease_of_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     root = tmp_path / "other"
     with Store.open(root) as store:

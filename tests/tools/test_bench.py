@@ -162,6 +162,32 @@ def test_upcalls_are_measured_beside_the_examples_of_libfuse(results: Results) -
     assert measures["OPEN, READ, wall", "passthrough"]["upcalls"] == {"answers": 2}
 
 
+def test_remaps_are_measured_in_one_step_and_one_by_one(results: Results) -> None:
+    measures = results.measures("remap")
+    for what in ("one step, other blobs", "one step, put beside", "a call each", "a connection each"):
+        assert {side for name, side in measures if name == what} == {"passthrough", "native", "fuse"}
+    assert results.upcalls("remap", "looking again", "passthrough")["LOOKUP"] == 100
+
+
+def test_tracing_that_is_off_is_a_session_without_it(results: Results) -> None:
+    measures = results.measures("tracing")
+    for operation in ("missing", "stat, first", "stat, again", "open, first", "open, again"):
+        bare, off, on = (measures[f"{operation}, functions", side]["median"] for side in ("bare", "off", "on"))
+        assert bare == off < on
+    for side in ("bare", "off"):
+        assert results.upcalls("tracing", "stat, again, wall", side) == {}
+        assert results.upcalls("tracing", "open, again, wall", side) == {"OPEN": 1, "RELEASE": 1}
+    assert results.upcalls("tracing", "stat, again, wall", "on") == {"LOOKUP": 1}
+    assert {"bare", "off", "on"} == {side for what, side in measures if what == "preprocess, wall"}
+
+
+def test_the_seed_case_reads_nothing_through_the_daemon_with_passthrough(results: Results) -> None:
+    for side, reads in (("passthrough", 0), ("passthrough, by reference", 0), ("native", 630), ("fuse", 630)):
+        assert results.upcalls("seed", "first action", side)["READ"] == reads
+    for side in ("kernel", "sandboxfs"):
+        assert results.upcalls("seed", "first action", side) == {}
+
+
 def test_an_action_is_measured_by_every_way_to_lay_out_its_inputs(results: Results) -> None:
     measures = results.measures("actions")
     labels = {what.partition(":")[0] for what, _ in measures}
@@ -255,7 +281,12 @@ def test_local_sandboxes_are_measured_beside_symbolic_links_and_none(results: Re
     assert len(walls) == 2
     for what in walls:
         assert {side for name, side in measures if name == what} == {"casfs", "linux-sandbox", "no sandbox"}
-    assert {side for what, side in measures if what.endswith("mappings, each")} == {"first", "second", "later"}
+    assert {side for what, side in measures if what.endswith("mappings, each")} == {
+        "first",
+        "second",
+        "later",
+        "1% changed",
+    }
 
 
 def test_a_server_starts_with_an_index_of_any_size(results: Results) -> None:

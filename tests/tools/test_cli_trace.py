@@ -125,6 +125,11 @@ def test_a_run_that_is_killed_leaves_a_trace_that_can_be_read(compiler: Casfs, n
     assert compiler.ok("trace", "report", "t", "--json").json["inputs"]["opened"] == ["include/used.h"]
 
 
+def test_what_opened_means_is_said(compiler: Casfs) -> None:
+    said = " ".join(compiler.ok("trace", "report", "--help").out.split())
+    assert "not which were read and which mapped" in said
+
+
 def test_what_is_no_trace_is_refused_and_half_a_line_is_said(compiler: Casfs) -> None:
     compiler.ok("run", "src", "--trace", "t", *COMPILE)
     trace = compiler.directory / "t"

@@ -3,8 +3,8 @@
 The tree has about 12,000 files: a C++ source with its headers, all read once
 by the action (open, read, close), and files of the same sizes beside them. The
 second action's tree has other contents in every hundredth file, so in nearly
-every directory: the worst that 1% can be for engine kernel, which lays a changed
-directory out anew.
+every directory: engine kernel lays those files out over what it has kept of the
+first tree.
 
     kernel, passthrough       a casfs sandbox over that engine
     reflink, hardlink, copy   `casfs checkout --mode` of that name, its Python API; taken away by `rm -rf`

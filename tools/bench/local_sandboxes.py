@@ -161,7 +161,11 @@ def _measure_alone(outcome: Outcome, settings: Settings, shape: Shape, program: 
     scratch = made(settings.scratch / f"{shape.workspace.name}-alone")
     with _asking(program, made(scratch / "mnt")) as ask:
         ask(b'{"C":{"i":"empty"}}')  # as Bazel does: until then it starts
-        for turn in range(settings.rounds(20) + 2):
+        later = settings.rounds(20) + 2
+        for turn in range(later + settings.rounds(5)):
+            if turn == later:
+                for file in files[50::100]:
+                    file.write_bytes(file.read_bytes() + b"// changed\n")
             upper = made(scratch / str(turn))
             own = {"p": "own", "u": str(shape.workspace / "new" / str(turn % 2))}
             request = {"i": str(turn), "m": [{"p": "/", "u": str(upper), "w": True}, *mappings, own], "q": prefixes}
@@ -170,8 +174,8 @@ def _measure_alone(outcome: Outcome, settings: Settings, shape: Shape, program: 
             began = time.perf_counter()
             ask(text)
             seconds = time.perf_counter() - began
-            # All inputs are new, then all are known for the first time, then most are ready.
-            state = ("first", "second")[turn] if turn < 2 else "later"
+            # All inputs are new, then all are known for the first time, then most are ready; at last some have changed.
+            state = ("first", "second")[turn] if turn < 2 else "later" if turn < later else "1% changed"
             outcome.add(f"{what}, each", state, "µs", seconds * 1e6 / len(request["m"]))
             began = time.perf_counter()
             ask(json.dumps({"D": str(turn)}).encode())

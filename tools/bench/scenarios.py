@@ -16,6 +16,8 @@ MODULES = {
     "ingest": "ingesting",
     "polling": "polling",
     "upcall": "upcalls",
+    "remap": "remapping",
+    "tracing": "tracing",
     "actions": "actions",
     "sandboxes": "sandboxes",
     "run": "running_commands",
@@ -29,14 +31,15 @@ MODULES = {
     "execution-memory": "execution_memory",
     "server-memory": "server_memory",
     "sandboxfs": "local_sandboxes",
+    "seed": "seed_case",
 }
 """Name on the command line → module in this package."""
 
 GROUPS = {
-    "mounts": ("compile", "files", "bigfile", "million", "ingest", "polling", "upcall"),
+    "mounts": ("compile", "files", "bigfile", "million", "ingest", "polling", "upcall", "remap", "tracing"),
     "sandboxes": ("actions", "sandboxes", "run", "capture", "cold", "clones"),
     "execution": ("execution", "execution-memory"),
-    "sandboxfs": ("sandboxfs",),
+    "sandboxfs": ("seed", "sandboxfs"),
     "server": ("server", "http", "bazel"),
 }
 """What is measured in one run and written down together: each takes a quarter of an hour or more."""

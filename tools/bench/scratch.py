@@ -128,13 +128,23 @@ class Ingested:
     seconds: float
 
 
-def ingest(store: Path, grafts: list[tuple[bytes, Path]], name: str, *, excluded: Excluded = _keep_all) -> Ingested:
-    """Add directories to the store (made if missing) as the manifest `name`; timed without the start of a process."""
+def ingest(
+    store: Path,
+    grafts: list[tuple[bytes, Path]],
+    name: str,
+    *,
+    excluded: Excluded = _keep_all,
+    reference: bool = False,
+) -> Ingested:
+    """Add directories to the store (made if missing) as the manifest `name`; timed without the start of a process.
+
+    `reference`: their files stay where they are.
+    """
 
     def work() -> Ingested:
         with Store.open(store) as opened:
             began = time.perf_counter()
-            directory = opened.importer.from_directories(grafts, ScanOptions(excluded=excluded))
+            directory = opened.importer.from_directories(grafts, ScanOptions(excluded=excluded, reference=reference))
             opened.manifests.put(name, directory.digest, "a benchmark", replace=True)
             seconds = time.perf_counter() - began
             return Ingested(directory.digest, directory.files, directory.bytes, seconds)

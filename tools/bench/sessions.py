@@ -13,15 +13,15 @@ import select
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from casfs.contents import Contents, PlainGateway, ReadOnlyGateway
 from casfs.errors import CasfsError
 from casfs.fusemount import attach, detach
-from casfs.session import Session
+from casfs.session import Session, make_session
 from casfs.tree import ProjectedTree
 from store.digest import Digest
 from store.repository import Store
@@ -29,6 +29,9 @@ from store.trees import find_directory
 
 _START_SECONDS = 20.0
 _END_SECONDS = 20.0
+
+Trace = Path | Literal["off"] | None
+"""The file that shall get a trace; ``off``: as `casfs mount` makes a session without one; None: the bare class."""
 
 
 class ProfiledFunction(NamedTuple):
@@ -52,7 +55,14 @@ class OwnSession:
 
 @contextmanager
 def own_session(
-    store: Path, root: Digest, place: Path, *, passthrough: bool, poll: bool = True, profile: bool = False
+    store: Path,
+    root: Digest,
+    place: Path,
+    *,
+    passthrough: bool,
+    poll: bool = True,
+    profile: bool = False,
+    trace: Trace = None,
 ) -> Iterator[OwnSession]:
     """Serve the tree at `place` as long as the context lasts. Raises RuntimeError where that can't be."""
     place.mkdir(exist_ok=True)
@@ -66,7 +76,7 @@ def own_session(
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             with open(writing, "wb") as pipe:
-                _serve(store, root, place, pipe, passthrough=passthrough, poll=poll, profile=profile)
+                _serve(store, root, place, pipe, passthrough=passthrough, poll=poll, profile=profile, trace=trace)
             code = 0
         except BaseException:  # noqa: BLE001 - whatever it is, it must not run on into the parent's code
             traceback.print_exc()
@@ -91,17 +101,34 @@ def own_session(
                 session.statistics, session.profile = pickle.loads(data)  # noqa: S301 - our own child wrote it
 
 
-def _serve(store: Path, root: Digest, place: Path, pipe: Any, *, passthrough: bool, poll: bool, profile: bool) -> None:
-    with Store.open(store, create=False) as opened:
+def _serve(
+    store: Path,
+    root: Digest,
+    place: Path,
+    pipe: Any,
+    *,
+    passthrough: bool,
+    poll: bool,
+    profile: bool,
+    trace: Trace,
+) -> None:
+    with Store.open(store, create=False) as opened, ExitStack() as stack:
         with opened.index.view() as view:
             directory = find_directory(view, root)
         if directory is None:
             raise RuntimeError(f"directory {root} is not in the index")
         gateway = ReadOnlyGateway(opened.layout) if passthrough else PlainGateway(opened.blobs)
         contents = Contents(opened.blobs, gateway)
-        session = Session(
-            attach(place), ProjectedTree(opened.index, directory), contents, passthrough=passthrough, poll=poll
-        )
+        tree = ProjectedTree(opened.index, directory)
+        if trace is None:
+            session = Session(attach(place), tree, contents, passthrough=passthrough, poll=poll)
+        else:
+            tracer = None
+            if isinstance(trace, Path):
+                from casfs.tracing import Tracer
+
+                tracer = stack.enter_context(closing(Tracer(trace, root, "passthrough")))
+            session = make_session(attach(place), tree, contents, passthrough, tracer, poll=poll)
         session.begin()
         pipe.write(b"!")
         pipe.flush()

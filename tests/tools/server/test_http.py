@@ -293,8 +293,8 @@ def traced(server: Server, calls: str) -> Iterator[Path]:
     trace = server.casfs.directory / "trace"
     command = ["strace", "-f", "-qq", "-e", f"trace={calls}", "-o", str(trace), "-p", str(server.process.pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as tracer:
-        status = Path(f"/proc/{server.process.pid}/status")
-        wait_for(lambda: "TracerPid:\t0" not in status.read_text())
+        threads = Path(f"/proc/{server.process.pid}/task")
+        wait_for(lambda: all("TracerPid:\t0" not in path.read_text() for path in threads.glob("*/status")))
         yield trace
         tracer.send_signal(signal.SIGINT)
         tracer.wait(10)

@@ -38,6 +38,10 @@ _WORDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs trace report`` takes."""
+    parser.description = (
+        f"{parser.description} 'Opened' is an input that was read, mapped into memory or executed; a trace has which "
+        "were executed, but not which were read and which mapped, as the kernel tells nobody of it."
+    )
     complete(parser.add_argument("file", metavar="FILE", type=Path, help="a trace"), "file")
     host = parser.add_argument(
         "--host",
