@@ -21,6 +21,8 @@ from casfs.guarding import Guard
 
 _END_MILLISECONDS = 10_000
 _EXEC_SECONDS = 10.0
+_NAMELESS_SECONDS = 1.0
+"""A program can take its command line away for good."""
 _LOOKED_AT_BYTES = 1 << 16
 """Of a command line: what is mounted is said before the command."""
 
@@ -58,13 +60,23 @@ def end_commands(directory: str | os.PathLike[str]) -> bool:
     """End what runs in sandboxes whose scratch is below a directory; whether all of it has ended."""
     below = os.fsencode(directory) + b"/"
     while True:
-        found = [name for name in os.listdir("/proc") if name.isdigit() and _is_command(name, below)]
+        found = _find_commands(below)
         # Not found by a whole look: then there is none that could start another.
         if not found:
             return True
         ended = [_end(int(name), below) for name in found]
         if not all(ended):
             return False
+
+
+def _find_commands(below: bytes) -> list[str]:
+    """Those there are, by their numbers: also what one has started that ended before it was looked at."""
+    seen: set[str] = set()
+    found: list[str] = []
+    while new := {name for name in os.listdir("/proc") if name.isdigit()} - seen:
+        seen |= new
+        found += [name for name in new if _is_command(name, below)]
+    return found
 
 
 def _is_command(name: str, below: bytes) -> bool:
@@ -93,12 +105,21 @@ def _end(number: int, below: bytes) -> bool:
 
 
 def _read_command(name: str) -> bytes:
-    """The words of a process's command line, NUL behind each; empty where it has ended."""
-    try:
-        with open(f"/proc/{name}/cmdline", "rb", buffering=0) as file:
-            return file.read(_LOOKED_AT_BYTES)
-    except OSError:
-        return b""
+    """The words of a process's command line, NUL behind each; empty where it has ended, or is the kernel's."""
+    until = 0.0
+    with suppress(OSError):
+        while True:
+            with open(f"/proc/{name}/cmdline", "rb", buffering=0) as file:
+                command = file.read(_LOOKED_AT_BYTES)
+            if command:
+                return command
+            # In the middle of exec it is empty, too; but then there is a program, so this link can be read.
+            os.readlink(f"/proc/{name}/exe")
+            until = until or time.monotonic() + _NAMELESS_SECONDS
+            if time.monotonic() > until:
+                break
+            time.sleep(0.001)
+    return b""
 
 
 def _find_namespace(name: str) -> str:
