@@ -18,7 +18,7 @@ import pytest
 
 from casfs.mountinfo import FUSE_TYPE, list_mounts
 from casfs.syscalls import MNT_DETACH, has_admin_capability, umount
-from tests.conftest import Requirements
+from tests.conftest import Requirements, find_children, find_processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -122,6 +122,26 @@ class Casfs:
             env=self.environment,
             start_new_session=True,
         )
+
+
+def find_holders(casfs: Casfs) -> list[int]:
+    """The processes that keep layers warm for these commands."""
+    own = find_children()
+    found = find_processes(os.fsencode(casfs.directory))
+    return [pid for pid, text in found.items() if "tools.holder" in text and pid not in own]
+
+
+def end_holders(casfs: Casfs) -> None:
+    """Kill them, until none is left: one that had only begun takes the place of the one that was killed."""
+
+    def none_left() -> bool:
+        pids = find_holders(casfs)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not pids
+
+    wait_until(none_left)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Requirements, find_children, find_processes
-from tests.tools.conftest import Casfs, wait_until
+from tests.conftest import Requirements
+from tests.tools.conftest import Casfs, end_holders, find_holders, wait_until
 
 CONFIGURATION = 'run.keep-warm = "{}s"\n'
 
@@ -42,13 +42,6 @@ def configure(casfs: Casfs, seconds: int) -> None:
     casfs.environment["CASFS_CONFIG"] = str(path)
 
 
-def holders(casfs: Casfs) -> list[int]:
-    """The holders that live, of this test."""
-    own = find_children()
-    found = find_processes(os.fsencode(casfs.directory))
-    return [pid for pid, text in found.items() if "tools.holder" in text and pid not in own]
-
-
 def run(casfs: Casfs, *command: str) -> Any:
     return casfs.ok("run", "m", "--host-root", "--json", "--", *(command or ("cat", "d3/f4", "top"))).json
 
@@ -58,17 +51,15 @@ def warmed(casfs: Casfs) -> int:
     assert run(casfs)["laid_out"] > 2000
     wait_until(lambda: run(casfs)["laid_out"] < 100, 30)
     # One that was started beside it finds its place taken, and ends.
-    wait_until(lambda: len(holders(casfs)) == 1)
-    [pid] = holders(casfs)
+    wait_until(lambda: len(find_holders(casfs)) == 1)
+    [pid] = find_holders(casfs)
     return pid
 
 
 @pytest.fixture(autouse=True)
 def _no_holder_stays(runner: Casfs) -> Iterator[None]:
     yield
-    for pid in holders(runner):
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not holders(runner))
+    end_holders(runner)
 
 
 def test_the_next_run_finds_the_layers_ready_and_sees_the_same(runner: Casfs) -> None:
@@ -99,14 +90,14 @@ def test_killed_while_a_sandbox_runs_it_takes_nothing_away_and_the_next_starts_a
     assert process.returncode == 0, err
     assert b"made  blake3:" in out
     assert run(runner)["laid_out"] > 2000, "nobody keeps them any more"
-    wait_until(lambda: holders(runner) not in ([], [pid]))
+    wait_until(lambda: find_holders(runner) not in ([], [pid]))
 
 
 def test_it_ends_when_nobody_uses_it(runner: Casfs) -> None:
     configure(runner, 1)
     run(runner)
-    wait_until(lambda: bool(holders(runner)))
-    wait_until(lambda: not holders(runner), 20)
+    wait_until(lambda: bool(find_holders(runner)))
+    wait_until(lambda: not find_holders(runner), 20)
 
 
 def test_none_is_started_for_a_small_tree_or_when_not_wanted(runner: Casfs) -> None:
@@ -115,7 +106,7 @@ def test_none_is_started_for_a_small_tree_or_when_not_wanted(runner: Casfs) -> N
     configure(runner, 0)
     run(runner)
     time.sleep(0.5)
-    assert holders(runner) == []
+    assert find_holders(runner) == []
 
 
 def small_tree(casfs: Casfs) -> Path:

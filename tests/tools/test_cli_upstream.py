@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from casfs.holder import find_holder
 from store.digest import DigestFunction
 from store.repository import SourceOptions, Store
 from tests.conftest import Requirements
-from tests.tools.conftest import Casfs, wait_until
+from tests.tools.conftest import Casfs, end_holders, wait_until
 from tests.tools.server.conftest import Server, running
 from tests.tools.server.odd import serving
 from tools.exits import Exit
@@ -160,12 +159,22 @@ def test_the_holder_fetches_from_the_upstream_that_it_was_started_for(
     above.ok("manifest", "create", "big", big)
     root = above.ok("manifest", "show", "big", "--json").json["root"]
     upstream = ("--upstream", f"grpc://{server.address}")
-    for _ in range(2):
+    started_for = dump_upstream(UpstreamOptions(upstream[1]))
+
+    def run() -> None:
         done = casfs("run", root, "--host-root", *upstream, "--json", "--", "sh", "-c", "cat d3/f3 d4/f4 >&2")
         assert done.code == 0 and "34" in done.err, done.err
-    assert find_holder(casfs.store) is None, "one without an upstream is another"
-    holder = find_holder(casfs.store, dump_upstream(UpstreamOptions(upstream[1])))
-    assert holder is not None
-    holder.close()
-    os.kill(holder.pid, signal.SIGTERM)
-    wait_until(lambda: not Path(f"/proc/{holder.pid}").exists())
+
+    def is_there() -> bool:
+        holder = find_holder(casfs.store, started_for)
+        if holder is not None:
+            holder.close()
+        return holder is not None
+
+    try:
+        run()
+        wait_until(is_there, 30)
+        run()
+        assert find_holder(casfs.store) is None, "one without an upstream is another"
+    finally:
+        end_holders(casfs)
