@@ -7,9 +7,7 @@ metadata in tmpfs, or for a large one, where EROFS can be mounted, in an image
 that the store keeps. Nothing is attached anywhere: layers live as long as
 their descriptors here and the mounts made of them, and end with this process.
 
-What is kept is the most recently used within a budget of memory. A layer in
-use (its `Layout` not closed, or another one kept that is a difference to it) is
-never dropped.
+Which are kept: `casfs.kept_layers`.
 
 A *difference* is what a tree has that a kept layer at the same path hasn't:
 an overlay of its own over the few changed files, above that layer, and a tmpfs
@@ -28,17 +26,15 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import NamedTuple, Protocol, Self
 
 from casfs.errors import MountError
+from casfs.kept_layers import KeptLayers, Layer
 from casfs.layer_blobs import LayerBlobs, Needed
 from casfs.metadata import MEMORY_PER_NODE, Part, write_tmpfs, write_whiteouts
 from casfs.overlay import Family, check_showable, find_family, stack, verify
@@ -56,12 +52,9 @@ IMAGE_NODES = 50_000
 """From so many nodes on a kept layer is an image, where that can be mounted: its pages can be reclaimed."""
 BASE_NODES = range(2_048, 65_536)
 """A tree of so many nodes of which nothing was known is kept at once: the next one is likely to be nearly the same."""
-_BASES_MOST = 4
-"""So many kept layers at a path are looked at for what is nearly the same; 0.5 µs an entry that differs."""
 _IMAGE_MEMORY = 1 << 20
 _LAYER_MEMORY = 100 << 10
 """What a layer takes beside its nodes: two superblocks."""
-_SEEN_MOST = 1 << 16
 _NOTE_SECONDS = 3600
 
 
@@ -120,44 +113,10 @@ class Layouts(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(eq=False, slots=True)
-class _Layer:
-    """A kept layer: `mounted` is the overlay, `metadata` what it is over. `counted`: see `removals`."""
-
-    subtree: Subtree
-    metadata: int
-    memory: int
-    sample: list[Needed]
-    counted: int = -1
-    mounted: int = -1
-    whole: bool = True
-    users: int = 0
-    noted: float = 0.0
-    below: _Layer | None = None
-    """Of a difference: what it is one to."""
-    whiteouts: int = -1
-    """And what takes away what is gone; -1 where nothing is."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while it is looked over."""
-    superseded: list[int] = field(default_factory=list)
-    """What `mounted` was before; another thread may be stacking it just now."""
-
-    def stacked(self) -> list[int]:
-        """Descriptors of what is stacked for it, the uppermost first."""
-        if self.below is None:
-            return [self.mounted]
-        return [*([self.whiteouts] if self.whiteouts >= 0 else []), self.mounted, self.below.mounted]
-
-    def close(self) -> None:
-        for descriptor in (self.mounted, self.metadata, self.whiteouts, *self.superseded):
-            if descriptor >= 0:
-                os.close(descriptor)
-
-
 class _Alike(NamedTuple):
     """What is nearly the same as a subtree, and how they differ; whether the difference is worth keeping."""
 
-    base: _Layer
+    base: Layer
     over: Over
     keep: bool
 
@@ -174,17 +133,8 @@ class Layers:
         self._store = store
         self._blobs = LayerBlobs(store)
         self._family = find_family()
-        self._budget = default_budget() if budget is None else budget
+        self._kept = KeptLayers(default_budget() if budget is None else budget)
         self._images = is_initial_namespace()
-        # Under `_lock`, as a layer's `subtree` and `users` are:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[bytes, bytes], _Layer] = OrderedDict()
-        self._building: dict[tuple[bytes, bytes], threading.Lock] = {}
-        self._seen: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
-        self._paths: OrderedDict[bytes, None] = OrderedDict()
-        self._built = 0
-        self._keeping = threading.Lock()
-        """Held while a tree that is laid out already becomes a layer: only one of equal ones shall."""
 
     def lay_out(self, root: Digest) -> Layout:
         """See `Layouts`."""
@@ -201,7 +151,7 @@ class Layers:
             parts.callback(os.close, fresh)
             if whole and not planned.layers and directory.nodes in BASE_NODES:
                 self._keep_fresh(directory, fresh, sample, counted)
-            self._note(planned)
+            self._kept.note(planned.noted)
             stacked = [*(descriptor for layer in layers for descriptor in layer.stacked()), fresh]
             fetching = self._blobs.fetching(root.function, whole and all(layer.whole for layer in layers))
             sample = sample or next((layer.sample for layer in layers if layer.sample), [])
@@ -213,10 +163,8 @@ class Layers:
     ) -> Plan:
         """Layers and what is laid out; what is nearly the same as a kept layer goes into `alike`, held by `parts`."""
         rows_of = partial(list_entries, view)
-        with self._lock:
-            has_bases = any(_can_be_base(layer) for layer in self._kept.values())
-        if not has_bases:
-            return plan(directory, rows_of, self._sight)
+        if not self._kept.has_bases():
+            return plan(directory, rows_of, self._kept.sight)
         left = ENOUGH
 
         def spend(nodes: int) -> None:
@@ -231,7 +179,7 @@ class Layers:
                 yield row
 
         def sight_within(subtree: Subtree) -> Sight:
-            sight = self._sight(subtree)
+            sight = self._kept.sight(subtree)
             if sight is Sight.SEEN:
                 spend(subtree.nodes)
             return sight
@@ -243,13 +191,13 @@ class Layers:
     def _sight_alike(
         self, view: View, subtree: Subtree, alike: dict[tuple[bytes, bytes], _Alike], parts: ExitStack
     ) -> Sight:
-        sight = self._sight(subtree)
+        sight = self._kept.sight(subtree)
         if sight not in (Sight.SEEN, Sight.CHANGED) or subtree.nodes < ENOUGH:
             return sight
         if subtree.key in alike:
             return Sight.ALIKE
         after = get_directory(view, subtree.digest)
-        for base in self._find_bases(subtree, parts):
+        for base in self._kept.bases(subtree, parts):
             before = find_directory(view, base.subtree.digest)
             if before is None:
                 continue  # it was kept longer than it was in the index
@@ -259,165 +207,59 @@ class Layers:
                 return Sight.ALIKE
         return sight
 
-    def _find_bases(self, subtree: Subtree, parts: ExitStack) -> list[_Layer]:
-        """Kept layers at the same path, the latest first, in use until `parts` are closed."""
-        with self._lock:
-            found = (
-                layer
-                for layer in reversed(self._kept.values())
-                if layer.subtree.path == subtree.path
-                and _can_be_base(layer)
-                and layer.subtree.digest.function is subtree.digest.function
-            )
-            bases = list(islice(found, _BASES_MOST))
-            for base in bases:
-                base.users += 1
-                parts.callback(self._leave, base)
-        return bases
-
     def _keep_fresh(self, directory: Directory, fresh: int, sample: list[Needed], counted: int) -> None:
         """Keep a whole tree that was laid out just now, for those to come that are nearly the same."""
         subtree = Subtree(b"", directory.digest, directory.id, directory.nodes)
-        with self._keeping:
-            with self._lock:
-                if subtree.key in self._kept:
-                    return
+
+        def build() -> Layer:
             memory = _LAYER_MEMORY + subtree.nodes * MEMORY_PER_NODE
-            layer = _Layer(subtree, os.dup(fresh), memory, sample)
-            try:
-                self._stack(layer, True, counted)
-            except BaseException:
-                layer.close()
-                raise
-            self._leave(self._keep(layer))
+            return self._stacked(Layer(subtree, os.dup(fresh), memory, sample), True, counted)
 
-    def _sight(self, subtree: Subtree) -> Sight:
-        with self._lock:
-            if subtree.key in self._kept:
-                return Sight.LAYER
-            if subtree.key in self._seen:
-                return Sight.SEEN
-            return Sight.CHANGED if subtree.path in self._paths else Sight.NEW
+        self._kept.leave(self._kept.take(subtree, build))
 
-    def _note(self, planned: Plan) -> None:
-        with self._lock:
-            for subtree in planned.noted:
-                self._seen[subtree.key] = None
-                self._paths[subtree.path] = None
-            for remembered in (self._seen, self._paths):
-                while len(remembered) > _SEEN_MOST:
-                    remembered.popitem(last=False)
-
-    def _take(self, subtree: Subtree, counted: int, alike: _Alike | None, parts: ExitStack) -> _Layer:
+    def _take(self, subtree: Subtree, counted: int, alike: _Alike | None, parts: ExitStack) -> Layer:
         """The layer of a subtree, built if need be, in use until `parts` are closed."""
         if alike is not None and not alike.keep:
             layer = self._build_difference(subtree, counted, alike)
             parts.callback(layer.close)
-            with self._lock:
-                self._seen[subtree.key] = None
+            self._kept.note([subtree])
         else:
-            layer = self._take_kept(subtree, counted, alike)
-            parts.callback(self._leave, layer)
+
+            def build() -> Layer:
+                return self._build_difference(subtree, counted, alike) if alike else self._build(subtree, counted)
+
+            layer = self._kept.take(subtree, build)
+            parts.callback(self._kept.leave, layer)
         with layer.lock:
             self._refresh(layer, counted)
         return layer
 
-    def _take_kept(self, subtree: Subtree, counted: int, alike: _Alike | None) -> _Layer:
-        with self._lock:
-            layer = self._use(subtree)
-            if layer is not None:
-                return layer
-            turn = self._building.setdefault(subtree.key, threading.Lock())
-        with turn:
-            with self._lock:
-                layer = self._use(subtree)
-            if layer is None:
-                built = self._build_difference(subtree, counted, alike) if alike else self._build(subtree, counted)
-                layer = self._keep(built)
-        with self._lock:
-            self._building.pop(subtree.key, None)
-        return layer
-
-    def _use(self, subtree: Subtree) -> _Layer | None:
-        """The kept layer, if there is one, in use once more. Under the lock."""
-        layer = self._kept.get(subtree.key)
-        if layer is not None:
-            self._kept.move_to_end(subtree.key)
-            if layer.below is not None:
-                # After it: what is a difference to another goes first.
-                self._kept.move_to_end(layer.below.subtree.key)
-            layer.users += 1
-            # The same directory may have been interned anew, with another id.
-            layer.subtree = subtree
-        return layer
-
-    def _keep(self, layer: _Layer) -> _Layer:
-        with self._lock:
-            self._kept[layer.subtree.key] = layer
-            layer.users += 1
-            if layer.below is not None:
-                layer.below.users += 1
-                self._kept.move_to_end(layer.below.subtree.key)
-            self._built += 1
-            self._seen[layer.subtree.key] = None
-            self._paths[layer.subtree.path] = None
-            dropped = self._drop_superfluous()
-        for old in dropped:
-            old.close()
-        return layer
-
-    def _leave(self, layer: _Layer) -> None:
-        with self._lock:
-            layer.users -= 1
-            dropped = self._drop_superfluous()
-        for old in dropped:
-            old.close()
-
-    def _drop_superfluous(self) -> list[_Layer]:
-        """Take what is over the budget out of what is kept. Under the lock."""
-        excess = sum(layer.memory for layer in self._kept.values()) - self._budget
-        dropped = []
-        for key, layer in list(self._kept.items()):
-            if excess <= 0:
-                break
-            if not layer.users:
-                dropped.append(self._kept.pop(key))
-                excess -= layer.memory
-                if layer.below is not None:
-                    layer.below.users -= 1
-        return dropped
-
-    def _build(self, subtree: Subtree, counted: int) -> _Layer:
+    def _build(self, subtree: Subtree, counted: int) -> Layer:
         with self._store.index.view() as view:
             planned = plan_layer(subtree, partial(list_entries, view))
         sample, whole = self._blobs.prepare(planned.parts, subtree.digest.function)
-        metadata = self._image(subtree) if self._images and subtree.nodes >= IMAGE_NODES else None
-        memory = _IMAGE_MEMORY
-        if metadata is None:
-            metadata, memory = self._write(planned.parts), _LAYER_MEMORY + subtree.nodes * MEMORY_PER_NODE
-        layer = _Layer(subtree, metadata, memory, sample)
-        try:
-            self._stack(layer, whole, counted)
-            verify(sample, self._store.blobs.directory_of(subtree.digest.function), layer.mounted)
-        except BaseException:
-            layer.close()
-            raise
-        self._note(planned)
+        image = self._image(subtree) if self._images and subtree.nodes >= IMAGE_NODES else None
+        if image is not None:
+            layer = Layer(subtree, image, _IMAGE_MEMORY, sample, image=True)
+        else:
+            memory = _LAYER_MEMORY + subtree.nodes * MEMORY_PER_NODE
+            layer = Layer(subtree, self._write(planned.parts), memory, sample)
+        self._stacked(layer, whole, counted)
+        self._kept.note(planned.noted)
         return layer
 
-    def _build_difference(self, subtree: Subtree, counted: int, alike: _Alike) -> _Layer:
+    def _build_difference(self, subtree: Subtree, counted: int, alike: _Alike) -> Layer:
         base, (parts, gone), _ = alike
         sample, whole = self._blobs.prepare(parts, subtree.digest.function)
         nodes = sum(len(part.rows) for part in parts) + len(gone)
-        layer = _Layer(subtree, self._write(parts), _LAYER_MEMORY + nodes * MEMORY_PER_NODE, sample, below=base)
-        try:
-            if gone:
+        layer = Layer(subtree, self._write(parts), _LAYER_MEMORY + nodes * MEMORY_PER_NODE, sample, below=base)
+        if gone:
+            try:
                 layer.whiteouts = self._written(lambda: write_whiteouts(gone))
-            self._stack(layer, whole, counted)
-            verify(sample, self._store.blobs.directory_of(subtree.digest.function), layer.mounted)
-        except BaseException:
-            layer.close()
-            raise
+            except BaseException:
+                layer.close()
+                raise
+        self._stacked(layer, whole, counted)
         if base.counted != counted or not base.whole:
             layer.counted = -1  # of what both have, who knows
         return layer
@@ -440,14 +282,24 @@ class Layers:
         self._images = False
         return None
 
-    def _stack(self, layer: _Layer, whole: bool, counted: int) -> None:
+    def _stacked(self, layer: Layer, whole: bool, counted: int) -> Layer:
+        """A new layer, stacked and verified, or closed where that fails."""
+        try:
+            self._stack(layer, whole, counted)
+            verify(layer.sample, self._store.blobs.directory_of(layer.subtree.digest.function), layer.mounted)
+        except BaseException:
+            layer.close()
+            raise
+        return layer
+
+    def _stack(self, layer: Layer, whole: bool, counted: int) -> None:
         function = layer.subtree.digest.function
         data = [self._store.blobs.directory_of(function), *self._blobs.fetching(function, whole)]
         layer.superseded.append(layer.mounted)
         layer.mounted = stack([layer.metadata], data, self._family)
         layer.whole, layer.counted, layer.noted = whole, counted, time.monotonic()
 
-    def _refresh(self, layer: _Layer, counted: int) -> None:
+    def _refresh(self, layer: Layer, counted: int) -> None:
         """See that a kept layer's blobs are here, if that may have changed, and that they count as used."""
         if layer.counted == counted and time.monotonic() - layer.noted < _NOTE_SECONDS:
             return
@@ -482,26 +334,9 @@ class Layers:
 
     def statistics(self) -> dict[str, int]:
         """How many layers are kept, images and differences among them, and were ever built; bytes they take and may."""
-        with self._lock:
-            memory = sum(layer.memory for layer in self._kept.values())
-            return {
-                "layers": len(self._kept),
-                "images": sum(layer.memory == _IMAGE_MEMORY for layer in self._kept.values()),
-                "differences": sum(layer.below is not None for layer in self._kept.values()),
-                "bytes": memory,
-                "budget": self._budget,
-                "built": self._built,
-            }
+        return self._kept.statistics()
 
     def close(self) -> None:
         """Let go of all layers; what is mounted of them lives on."""
-        with self._lock:
-            kept = list(self._kept.values())
-            self._kept.clear()
-        for layer in kept:
-            layer.close()
+        self._kept.close()
         self._blobs.close()
-
-
-def _can_be_base(layer: _Layer) -> bool:
-    return layer.below is None and layer.subtree.nodes >= ENOUGH

@@ -35,8 +35,8 @@ from store.index import Change, Table
 from store.layout import blob_path
 from store.repository import Store
 
-_TEST_GRACE_SECONDS = 2.0
-_SESSION_GRACE_SECONDS = 5.0
+_TEST_GRACE_SECONDS = 15.0
+_SESSION_GRACE_SECONDS = 20.0
 """How long things that are ending anyway (a daemon after its unmount) may take."""
 
 _ENDS_WITH_US = re.compile(rb"multiprocessing[./](resource_tracker|forkserver)")

@@ -215,7 +215,7 @@ def make_writable(path: Path) -> None:
 _MS_REMOUNT = 32
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     """Wait for something that will come without our doing; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -287,7 +287,7 @@ class InProcess:
         """Unmount and end the session."""
         with contextlib.suppress(CasfsError):
             detach(self.path, lazy=True)
-        self._thread.join(5)
+        self._thread.join(30)
         assert not self._thread.is_alive(), "the session goes on after its mount is gone"
         os.close(self.device)
 
@@ -370,7 +370,7 @@ class FakeKernel:
         """The connection ends, and so must the session."""
         self._socket.close()
         if self._thread.is_alive():
-            self._thread.join(10)
+            self._thread.join(30)
         assert not self._thread.is_alive(), "the session goes on without a connection"
         os.close(self._device)
 

@@ -173,7 +173,7 @@ def test_readers_survive_being_unmounted_under_them(mounts: Mounts, engine: str)
     time.sleep(0.1)
     stop.set()
     for reader in readers:
-        reader.join(10)
+        reader.join(30)
         assert not reader.is_alive()
     assert not wrong
     if engine != "kernel":

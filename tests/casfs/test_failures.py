@@ -295,7 +295,7 @@ def test_a_client_that_waits_for_a_daemon_gets_an_error_when_it_is_killed(mounte
             time.sleep(0.2)
             assert client.poll() is None, "the client waits"
             kill(mounted)
-            out, _ = client.communicate(timeout=10)
+            out, _ = client.communicate(timeout=30)
         finally:
             client.kill()
     assert int(out) in DEAD

@@ -295,7 +295,7 @@ def test_ctrl_c_ends_a_client_that_waits_for_a_source(mounts: Mounts, mount: Mou
             time.sleep(0.2)
             assert client.poll() is None
             client.send_signal(signal.SIGINT)
-            assert client.wait(10) == -signal.SIGINT
+            assert client.wait(30) == -signal.SIGINT
         cache.go_on()
         wait_until(lambda: mounts.blob(FILES["top"]).exists(), "the blob to arrive all the same")
         assert read(mounted.path / "top") == FILES["top"]

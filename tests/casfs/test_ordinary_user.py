@@ -101,7 +101,7 @@ def add() -> Digest:
 
 
 def wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while mountpoint.is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not mountpoint.is_running(pid)

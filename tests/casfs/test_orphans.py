@@ -93,7 +93,7 @@ class Owner:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line != b"working\n":
-            pytest.fail(self._process.communicate(timeout=10)[1].decode())
+            pytest.fail(self._process.communicate(timeout=30)[1].decode())
 
     def kill(self) -> bytes:
         """Kill it, and return what it has said when its guard, if it had one, has ended."""

@@ -109,7 +109,7 @@ class TinyServer:
     def close(self) -> None:
         with suppress(CasfsError):
             detach(self.path, lazy=True)
-        self._thread.join(5)
+        self._thread.join(30)
         os.close(self.device)
 
 

@@ -288,7 +288,7 @@ class SlowContents:
 
     def open(self, entry: FileEntry | ReferenceEntry) -> int:
         self.entered.release()
-        assert self.may_go_on.wait(10)
+        assert self.may_go_on.wait(30)
         if self.error is not None:
             raise self.error
         self.opened.append(os.open(self._path, os.O_RDONLY))
@@ -321,7 +321,7 @@ def _is_closed(descriptor: int) -> bool:
 def test_a_slow_open_stalls_nobody_else(slow_kernel: FakeKernel, slow: SlowContents) -> None:
     first = slow_kernel.message(Opcode.OPEN, FILE, open_body())
     slow_kernel.send(first)
-    assert slow.entered.acquire(timeout=10)
+    assert slow.entered.acquire(timeout=30)
     for _ in range(5):
         assert slow_kernel.errno_of(Opcode.GETATTR, INNER) == 0
     slow.may_go_on.set()
@@ -338,7 +338,7 @@ def test_an_interrupted_open_is_answered_at_once_and_its_content_closed_later(
 ) -> None:
     message = slow_kernel.message(Opcode.OPEN, FILE, open_body())
     slow_kernel.send(message)
-    assert slow.entered.acquire(timeout=10)
+    assert slow.entered.acquire(timeout=30)
     unique = struct.unpack_from("<Q", message, 8)[0]
     slow_kernel.send(slow_kernel.message(Opcode.INTERRUPT, 0, struct.pack("<Q", unique)))
     assert struct.unpack("<IiQ", slow_kernel.receive()) == (16, -errno.EINTR, unique)

@@ -253,7 +253,7 @@ def test_many_at_once_share_a_sync(store: Store, monkeypatch: pytest.MonkeyPatch
 
     def slow_flush() -> None:
         flushes.append(1)
-        first.wait(10)
+        first.wait(30)
         flush()
 
     monkeypatch.setattr(session, "flush", slow_flush)
@@ -365,7 +365,7 @@ def test_collections_run_in_the_background_from_the_high_mark_on(store: Store) -
     add(store, *(bytes([number]) * 95 for number in range(10)), age=HOUR)
     quota = make_quota(store, 1000)
     quota.reserve(1).release()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while quota.used() > 800 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert quota.used() <= 800

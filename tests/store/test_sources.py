@@ -178,7 +178,7 @@ def test_a_source_that_stops_in_the_middle_is_given_up(store: Store, make: Make)
         def open(self, digest: Digest) -> Supply | None:
             return Supply(Stalling(CONTENT), False)
 
-    hydrator = make(StallingSource("stalling"), FakeSource("next", {DIGEST: CONTENT}), timeout=0.3)
+    hydrator = make(StallingSource("stalling"), FakeSource("next", {DIGEST: CONTENT}), timeout=1.0)
     hydrator.fetch(DIGEST).result(SECONDS)
     assert read(store, DIGEST) == CONTENT
     release.set()
@@ -189,14 +189,14 @@ def test_a_source_that_stops_in_the_middle_is_given_up(store: Store, make: Make)
 def test_a_slow_source_that_goes_on_is_not_given_up(store: Store, make: Make) -> None:
     class Slow(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
-            time.sleep(0.05)
+            time.sleep(0.15)
             return super().read(1000)
 
     class SlowSource(FakeSource):
         def open(self, digest: Digest) -> Supply | None:
             return Supply(Slow(CONTENT), False)
 
-    make(SlowSource("slow"), timeout=0.5).fetch(DIGEST).result(SECONDS)
+    make(SlowSource("slow"), timeout=1.5).fetch(DIGEST).result(SECONDS)
     assert read(store, DIGEST) == CONTENT
 
 

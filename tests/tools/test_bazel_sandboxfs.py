@@ -154,7 +154,7 @@ def test_a_killed_sandboxfs_fails_the_build_with_a_message_and_the_next_one_work
         wait_until(lambda: any(b"/sandboxfs/" in path for path in mounts_of_ours()))
         for pid in find_sandboxfs():
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not mounts_of_ours(), 10)
+        wait_until(lambda: not mounts_of_ours())
         text, _ = building.communicate(timeout=60)
     finally:
         building.kill()

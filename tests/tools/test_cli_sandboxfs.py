@@ -164,10 +164,10 @@ def test_nothing_stays_mounted_whatever_ends_it(
     assert sandboxfs.create("0", ("", tmp_path / "scratch", True), ("a", tmp_path / "file")) == ok("0")
     with (sandboxfs.place / "0" / "a").open() as file:
         sandboxfs.end(number)
-        wait_until(lambda: not sandboxfs.is_mounted(), 5)
+        wait_until(lambda: not sandboxfs.is_mounted())
         assert file.read() == "here"
     if number == signal.SIGKILL:
-        wait_until(lambda: "was killed" in sandboxfs.log.read_text(), 5)
+        wait_until(lambda: "was killed" in sandboxfs.log.read_text())
     again = start()
     assert again.create("0", ("", tmp_path / "scratch", True), ("b", tmp_path / "file")) == ok("0")
     assert os.listdir(again.place / "0") == ["b"]

@@ -35,7 +35,7 @@ class WorkerProcess:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith(b"working for grpc://"):
-            pytest.fail(f"the worker said {line!r} and {self.process.communicate(timeout=10)[1]!r}")
+            pytest.fail(f"the worker said {line!r} and {self.process.communicate(timeout=30)[1]!r}")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait; returns the exit code."""

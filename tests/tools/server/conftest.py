@@ -49,7 +49,7 @@ class Server:
         line = self._read_line()
         match = re.fullmatch(rf"serving .* at {scheme}s?://(\S+)\n", line)
         if match is None:
-            _, err = self.process.communicate(timeout=10)
+            _, err = self.process.communicate(timeout=30)
             pytest.fail(f"the server said {line!r} and {err!r}")
         return match[1]
 

@@ -185,7 +185,7 @@ def _make_group(requires: Requirements) -> str:
 
 def _remove_group(group: Path) -> None:
     """Remove it and those below, as soon as the kernel has buried who was in there."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while group.exists():
         for directory, _, _ in os.walk(group, topdown=False):
             with suppress(OSError):

@@ -297,7 +297,7 @@ def traced(server: Server, calls: str) -> Iterator[Path]:
         wait_for(lambda: all("TracerPid:\t0" not in path.read_text() for path in threads.glob("*/status")))
         yield trace
         tracer.send_signal(signal.SIGINT)
-        tracer.wait(10)
+        tracer.wait(30)
 
 
 def test_large_blobs_are_sent_by_sendfile(casfs: Casfs, requires: Requirements) -> None:

@@ -310,7 +310,7 @@ def test_what_killed_processes_counted_in_is_cleared_away(casfs: Casfs) -> None:
     with running(casfs, *HTTP, "--processes", "2") as server:
         assert any(path.suffix == ".db" for path in files_in_tmp(casfs))
         os.killpg(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
+        server.process.wait(30)
     casfs.ok("stats")
     assert list((casfs.store / "tmp").iterdir()) == []
 

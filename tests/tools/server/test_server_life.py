@@ -99,7 +99,7 @@ def test_a_call_that_is_on_is_finished_before_the_end(casfs: Casfs) -> None:
         results = []
         thread = threading.Thread(target=lambda: results.append(client.call(methods.WRITE, messages())))
         thread.start()
-        started.wait(10)
+        started.wait(30)
         wait_for(lambda: files_in_tmp(casfs))
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)

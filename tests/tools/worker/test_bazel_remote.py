@@ -161,7 +161,7 @@ def test_actions_of_all_kinds(oddities: Path, tmp_path: Path, casfs: Casfs) -> N
         for name in bad:
             assert f"//:{name} failed" in failed.text or f"{name}.c failed" in failed.text, failed.text
         assert failed.text.count("No such file or directory") >= 3
-        tested = bazel.test(*remote, "--test_timeout=2", "--keep_going", "//:passes", "//:hangs")
+        tested = bazel.test(*remote, "--test_timeout=5", "--keep_going", "//:passes", "//:hangs")
         assert tested.code == 3, tested.text
         assert "//:passes" in tested.text and "PASSED" in tested.text and "TIMEOUT" in tested.text, tested.text
         assert not live_processes("sleep\0987")
