@@ -139,15 +139,23 @@ class Presence:
                 return Digest(function, hash_, size)
         return None
 
-    def knows_all(self, function: DigestFunction, spellings: Iterable[bytes]) -> bool:
-        """Whether all were lately found here, by spellings that `learn` was told. Nothing is looked up."""
+    def unknown(self, function: DigestFunction, spellings: Sequence[bytes]) -> list[bytes]:
+        """Those of which `learn` wasn't told, or which weren't found here lately: each once, in order.
+
+        Nothing is looked up.
+        """
         spelled = self._spelled
-        if function not in spelled or not spelled[function].issuperset(spellings):
-            return False
+        known = spelled.get(function)
+        if known is None:
+            return list(dict.fromkeys(spellings))
+        left = set(spellings) - known
         with self._index.view() as view:
             self._keep_up(view)
-        # Another one, where something was removed or time has passed.
-        return self._spelled is spelled
+        if self._spelled is not spelled:
+            # Something was removed, or time has passed.
+            return list(dict.fromkeys(spellings))
+        # Most often a handful of thousands.
+        return [spelling for spelling in dict.fromkeys(spellings) if spelling in left] if left else []
 
     def learn(self, names: Sequence[Name], spellings: Sequence[bytes]) -> None:
         """Remember other spellings of blobs, those that were lately found here; all of one function."""

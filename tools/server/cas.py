@@ -46,20 +46,26 @@ class ContentAddressableStorage:
     def find_missing(self, raw: bytes, *, may_wait: bool = True) -> bytes:
         """Those that are not here, each once; the others count as used now. Of serialized messages.
 
-        Where all were lately found here the request isn't even parsed.
+        What was lately found here isn't even parsed: an action's inputs are
+        asked for with each action that has them, and few of them are new.
         """
         asked = read_find_missing(raw)
-        if asked is not None:
+        spellings: list[bytes] = []
+        if asked is None:
+            request = reapi.FindMissingBlobsRequest.FromString(raw)
+            self._instances.check(request.instance_name)
+            function = get_function(request.digest_function, (digest.hash for digest in request.blob_digests))
+        else:
             self._instances.check(asked.instance)
-            if self._presence.knows_all(get_function(asked.function, ()), asked.digests):
-                return b""
-        request = reapi.FindMissingBlobsRequest.FromString(raw)
-        self._instances.check(request.instance_name)
-        function = get_function(request.digest_function, (digest.hash for digest in request.blob_digests))
+            function = get_function(asked.function, ())
+            spellings = self._presence.unknown(function, asked.digests)
+            request = reapi.FindMissingBlobsRequest.FromString(b"".join(spellings))
         names = read_names(request.blob_digests, function)
-        absent = self._finder.find_absent(names, may_wait=may_wait)
-        if asked is not None:
-            self._presence.learn(names, asked.digests)
+        absent = self._finder.find_absent(names, may_wait=may_wait) if names else []
+        if spellings:
+            self._presence.learn(names, spellings)
+        if not absent:
+            return b""
         return reapi.FindMissingBlobsResponse(
             missing_blob_digests=[reapi.Digest(hash=hash_, size_bytes=size) for _, hash_, size in dict.fromkeys(absent)]
         ).SerializeToString()

@@ -17,7 +17,7 @@ import tools.server.errors
 from store.digest import Digest, DigestFunction
 from store.errors import BadInput, MissingBlob, StoreError
 from store.layout import blob_path
-from store.presence import Name, WouldWait
+from store.presence import Name, WouldWait, as_name
 from store.repository import Store
 from tests.tools.server.conftest import SHA256
 from tools.reapi import methods
@@ -197,6 +197,16 @@ def test_what_was_lately_found_is_known_by_its_spelling_until_something_is_remov
     assert (len(asked), len(views)) == (1, 3)
     missing = reapi.FindMissingBlobsResponse.FromString(services.cas.find_missing(raw + b"\x18\x09"))
     assert len(missing.missing_blob_digests) == len(blobs)
+
+    # Of a question about a new one too, only that is looked up; one that isn't here is asked for each time.
+    absent = SHA256.of(b"not here")
+    [new] = add(services, b"new")
+    both = reapi.FindMissingBlobsRequest(blob_digests=map(write_digest, [absent, new, *blobs, absent]))
+    for names in ([absent, new], [absent]):
+        asked.clear()
+        missing = reapi.FindMissingBlobsResponse.FromString(services.cas.find_missing(both.SerializeToString()))
+        assert [read_digest(digest, SHA256) for digest in missing.missing_blob_digests] == [absent]
+        assert asked == [list(map(as_name, names))]
 
     store.blobs.quarantine(blobs[3])
     missing = reapi.FindMissingBlobsResponse.FromString(services.cas.find_missing(raw))
