@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tools.bench.measuring import Settings
 from tools.bench.running import run_apart
 from tools.bench.scenarios import GROUPS, MODULES, load
 from tools.bench.scratch import ending_on_signals, scratch_directory
+from tools.bench.volumes import journaled
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _PICTURE = "benchmarks.svg"
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ending_on_signals(), scratch_directory(options.scratch, "bench") as scratch:
         if options.profile:
             return _profile(scratch, quick=options.quick)
-        machine = describe(scratch)
+        machine: dict[str, str | int] = {}
         results = {}
         failed = []
         for name in options.scenario or (GROUPS[options.group] if options.group else list(MODULES)):
@@ -39,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
             place.mkdir()
             began = time.monotonic()
             print(f"{name} …", file=sys.stderr, flush=True)
-            outcome = run_apart(name, Settings(place, options.quick, options.repeat))
+            with nullcontext(place) if options.quick else journaled(place) as volume:
+                machine = machine or describe(volume)
+                outcome = run_apart(name, Settings(volume, options.quick, options.repeat))
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             if outcome is None:
                 failed.append(name)

@@ -32,6 +32,7 @@ from tools.bench.bazel_shapes import Shape, made, make_actions
 from tools.bench.measuring import Outcome, Settings, alternate
 from tools.bench.scratch import scratch_directory
 from tools.bench.toolchain import find_toolchain
+from tools.bench.volumes import journaled
 
 CASFS, LINKS, NONE = "casfs", "linux-sandbox", "no sandbox"
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -86,6 +87,8 @@ def _measure(outcome: Outcome, settings: Settings, shape: Shape, program: Path) 
     }
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_directory(_BAZEL_SCRATCH, "bench"))
+        if not settings.quick:
+            scratch = stack.enter_context(journaled(scratch))
         builders = {
             side: stack.enter_context(
                 Bazel(made(scratch / side.replace(" ", "-")), shape.workspace, stays=True, heap="1g")

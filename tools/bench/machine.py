@@ -9,7 +9,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from casfs.mountinfo import list_mounts, mount_above
+from casfs.mountinfo import Mount, list_mounts, mount_above
 from tools.bench.toolchain import NoCompiler, find_toolchain
 
 _PACKAGES = ("lmdb", "blake3", "pyfuse3")
@@ -22,7 +22,7 @@ def describe(scratch: Path) -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_mib": _memory_mib(),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "store_file_system": mount_above(os.fsencode(os.path.realpath(scratch)), list_mounts()).kind,
+        "store_file_system": _file_system(scratch),
         "python": platform.python_version(),
         **{package: _package(package) for package in _PACKAGES},
         "libfuse": _libfuse(),
@@ -30,6 +30,22 @@ def describe(scratch: Path) -> dict[str, str | int]:
         "privileged": "yes" if os.geteuid() == 0 else "no",
         "load_before": f"{os.getloadavg()[0]:.2f}",
     }
+
+
+def _file_system(directory: Path) -> str:
+    mount = mount_above(os.fsencode(os.path.realpath(directory)), list_mounts())
+    if lacks_journal(mount):
+        return f"{mount.kind}, without a journal"
+    return f"{mount.kind}, on a loop device" if mount.source.startswith("/dev/loop") else mount.kind
+
+
+def lacks_journal(mount: Mount) -> bool:
+    """Whether that is an ext4 that says it has no journal."""
+    device = Path("/sys/dev/block/{}:{}".format(*mount.device)).resolve().name
+    try:
+        return Path(f"/sys/fs/ext4/{device}/journal_task").read_text().strip() == "<none>"
+    except OSError:
+        return False  # another kind, or a kernel that doesn't say
 
 
 def _cpu_model() -> str:

@@ -93,6 +93,7 @@ def _measure(outcome: Outcome, settings: Settings, shape: Shape) -> None:
                 builder.clean()
         for _, side in alternate(list(sides), settings.rounds(5)):
             shape.renew(number := number + 1)
+            os.sync()  # what the side before has left to write is not this one's
             _measure_build(outcome, shape, builders[side], sides[side], side, server, log)
             builders[side].clean()
         outcome.add(f"{shape.name}: memory of server and worker", CASFS, "MiB", server.memory())
