@@ -27,7 +27,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,20 @@ from casfs.kept_layers import KeptLayers, Layer
 from casfs.layer_blobs import LayerBlobs, Needed
 from casfs.metadata import MEMORY_PER_NODE, Part, write_tmpfs, write_whiteouts
 from casfs.overlay import Family, check_showable, find_family, stack, verify
-from casfs.planning import ENOUGH, Over, Plan, Sight, Subtree, plan, plan_layer, plan_over
+from casfs.planning import (
+    ENOUGH,
+    LEAST,
+    Over,
+    Plan,
+    RowsOf,
+    Sight,
+    Subtree,
+    join,
+    plan,
+    plan_layer,
+    plan_over,
+    subtree_of,
+)
 from casfs.syscalls import is_initial_namespace
 from store.blobs import removals
 from store.compare import compare_trees
@@ -114,15 +127,19 @@ class Layouts(Protocol):
 
 
 class _Alike(NamedTuple):
-    """What is nearly the same as a subtree, and how they differ; whether the difference is worth keeping."""
+    """What is nearly the same as a subtree, and how they differ; whether the difference is worth keeping.
+
+    `noted`: the subtrees in it that aren't in `base`.
+    """
 
     base: Layer
     over: Over
     keep: bool
+    noted: list[Subtree]
 
 
 class _TooMuch(Exception):
-    """A plan would lay out over `ENOUGH` nodes."""
+    """A plan would lay out more nodes than it may."""
 
 
 class Layers:
@@ -152,6 +169,9 @@ class Layers:
             if whole and not planned.layers and directory.nodes in BASE_NODES:
                 self._keep_fresh(directory, fresh, sample, counted)
             self._kept.note(planned.noted)
+            for subtree in planned.layers:
+                if subtree.key in alike:
+                    self._kept.note(alike[subtree.key].noted)
             stacked = [*(descriptor for layer in layers for descriptor in layer.stacked()), fresh]
             fetching = self._blobs.fetching(root.function, whole and all(layer.whole for layer in layers))
             sample = sample or next((layer.sample for layer in layers if layer.sample), [])
@@ -165,47 +185,40 @@ class Layers:
         rows_of = partial(list_entries, view)
         if not self._kept.has_bases():
             return plan(directory, rows_of, self._kept.sight)
-        left = ENOUGH
 
-        def spend(nodes: int) -> None:
-            nonlocal left
-            left -= nodes
-            if left < 0:
-                raise _TooMuch
-
-        def rows_within(number: int) -> Iterator[Row]:
-            for row in rows_of(number):
-                spend(1)
-                yield row
-
-        def sight_within(subtree: Subtree) -> Sight:
+        def sight_alike(subtree: Subtree) -> Sight:
             sight = self._kept.sight(subtree)
-            if sight is Sight.SEEN:
-                spend(subtree.nodes)
-            return sight
+            if sight not in (Sight.SEEN, Sight.CHANGED) or subtree.nodes < ENOUGH:
+                return sight
+            return Sight.ALIKE if self._find_alike(view, subtree, sight, alike, parts) else sight
 
+        # What comes again shall become a layer, unless that is much and a difference will do.
         with suppress(_TooMuch):
-            return plan(directory, rows_within, sight_within)
-        return plan(directory, rows_of, lambda subtree: self._sight_alike(view, subtree, alike, parts))
+            return _plan_within(ENOUGH, directory, rows_of, self._kept.sight, counting=Sight.SEEN)
+        return plan(directory, rows_of, sight_alike)
 
-    def _sight_alike(
-        self, view: View, subtree: Subtree, alike: dict[tuple[bytes, bytes], _Alike], parts: ExitStack
-    ) -> Sight:
-        sight = self._kept.sight(subtree)
-        if sight not in (Sight.SEEN, Sight.CHANGED) or subtree.nodes < ENOUGH:
-            return sight
+    def _find_alike(
+        self, view: View, subtree: Subtree, sight: Sight, alike: dict[tuple[bytes, bytes], _Alike], parts: ExitStack
+    ) -> bool:
         if subtree.key in alike:
-            return Sight.ALIKE
+            return True
         after = get_directory(view, subtree.digest)
         for base in self._kept.bases(subtree, parts):
             before = find_directory(view, base.subtree.digest)
             if before is None:
                 continue  # it was kept longer than it was in the index
-            over = plan_over(subtree, compare_trees(view, before, after))
-            if over is not None:
-                alike[subtree.key] = _Alike(base, over, sight is Sight.SEEN)
-                return Sight.ALIKE
-        return sight
+            noted: list[Subtree] = []
+            over = plan_over(subtree, compare_trees(view, before, after, partial(_note, noted, subtree.path)))
+            if over is None or (sight is Sight.CHANGED and self._come_again(noted)):
+                continue
+            alike[subtree.key] = _Alike(base, over, sight is Sight.SEEN, noted)
+            return True
+        return False
+
+    def _come_again(self, parts: Sequence[Subtree]) -> bool:
+        """Whether these are mostly what was seen before: a difference made of them would be made each time."""
+        known = sum(self._kept.sight(part) in (Sight.SEEN, Sight.LAYER) for part in parts)
+        return known * 4 > len(parts) * 3
 
     def _keep_fresh(self, directory: Directory, fresh: int, sample: list[Needed], counted: int) -> None:
         """Keep a whole tree that was laid out just now, for those to come that are nearly the same."""
@@ -249,7 +262,7 @@ class Layers:
         return layer
 
     def _build_difference(self, subtree: Subtree, counted: int, alike: _Alike) -> Layer:
-        base, (parts, gone), _ = alike
+        base, (parts, gone), *_ = alike
         sample, whole = self._blobs.prepare(parts, subtree.digest.function)
         nodes = sum(len(part.rows) for part in parts) + len(gone)
         layer = Layer(subtree, self._write(parts), _LAYER_MEMORY + nodes * MEMORY_PER_NODE, sample, below=base)
@@ -340,3 +353,41 @@ class Layers:
         """Let go of all layers; what is mounted of them lives on."""
         self._kept.close()
         self._blobs.close()
+
+
+def _note(noted: list[Subtree], above: bytes, path: bytes, row: Row) -> None:
+    if row.nodes >= LEAST:
+        noted.append(subtree_of(join(above, path), row))
+
+
+def _plan_within(
+    most: int,
+    directory: Directory,
+    rows_of: RowsOf,
+    known: Callable[[Subtree], Sight],
+    counting: Sight,
+) -> Plan:
+    """A plan that lays out so many nodes at most, those of subtrees of the sight `counting` included.
+
+    Raises _TooMuch.
+    """
+    left = most
+
+    def spend(nodes: int) -> None:
+        nonlocal left
+        left -= nodes
+        if left < 0:
+            raise _TooMuch
+
+    def rows_within(number: int) -> Iterator[Row]:
+        for row in rows_of(number):
+            spend(1)
+            yield row
+
+    def known_within(subtree: Subtree) -> Sight:
+        sight = known(subtree)
+        if sight is counting:
+            spend(subtree.nodes)
+        return sight
+
+    return plan(directory, rows_within, known_within)

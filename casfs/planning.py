@@ -15,7 +15,8 @@ it is there, whatever its size; laying out anew costs about 10 µs a *node*. So:
 
 Where that would lay out over `ENOUGH` nodes there is one more way: a tree of which nearly the same is kept at the same
 path is that layer and a *difference* over it, which has what changed (`plan_over`). So a tree in which one file in a
-hundred changed, in every directory, isn't laid out anew.
+hundred changed, in every directory, isn't laid out anew. But where what differs was mostly seen before it comes again in
+trees that are new each time, and shall be layers (`casfs.layers`).
 
 The second sight is what says that a subtree comes again; a first sight is not
 trusted, since an action's own outputs are seen once and would push out what is
@@ -131,7 +132,7 @@ def plan_layer(subtree: Subtree, rows_of: RowsOf) -> Plan:
     for name in subtree.path.split(b"/") if subtree.path else []:
         # Of an entry that leads to the subtree only the name matters.
         leading.append(Part(above, [Row(0, DirectoryEntry(name, subtree.digest))]))
-        above = _join(above, name)
+        above = join(above, name)
     whole = _walk(subtree, rows_of, lambda inner: False)
     return whole._replace(parts=leading + whole.parts)
 
@@ -161,7 +162,7 @@ def plan_over(subtree: Subtree, differences: Iterable[Difference]) -> Over | Non
         left -= 1
         if left < 0:
             return None
-        path = _join(subtree.path, below)
+        path = join(subtree.path, below)
         if isinstance(new, DirectoryEntry):
             enter(path)
         elif new is not None:
@@ -174,7 +175,8 @@ def plan_over(subtree: Subtree, differences: Iterable[Difference]) -> Over | Non
     return Over([Part(path, made) for path, made in rows.items()], gone)
 
 
-def _join(path: bytes, name: bytes) -> bytes:
+def join(path: bytes, name: bytes) -> bytes:
+    """A path of a tree, whose root is b""."""
     return path + b"/" + name if path else name
 
 
@@ -190,9 +192,9 @@ def _walk(top: Subtree, rows_of: RowsOf, takes: Callable[[Subtree], bool]) -> Pl
         below = []
         for row in rows_of(number):
             if row.id:
-                inner = _join(path, row.entry.name)
+                inner = join(path, row.entry.name)
                 if row.nodes >= LEAST:
-                    subtree = Subtree(inner, _digest_of(row), row.id, row.nodes)
+                    subtree = subtree_of(inner, row)
                     if takes(subtree):
                         layers.append(subtree)
                         continue
@@ -204,6 +206,7 @@ def _walk(top: Subtree, rows_of: RowsOf, takes: Callable[[Subtree], bool]) -> Pl
     return Plan(layers, parts, noted)
 
 
-def _digest_of(row: Row) -> Digest:
+def subtree_of(path: bytes, row: Row) -> Subtree:
+    """The subtree of a directory's row."""
     assert isinstance(row.entry, DirectoryEntry)  # noqa: S101 - what has an id is one
-    return row.entry.digest
+    return Subtree(path, row.entry.digest, row.id, row.nodes)

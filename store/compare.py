@@ -6,12 +6,12 @@ files that differ in one reads as many directories as that file is deep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from store.entries import Entry
 from store.index import View
-from store.trees import Directory, differing_entries
+from store.trees import Directory, Row, differing_entries
 
 
 class Difference(NamedTuple):
@@ -22,11 +22,14 @@ class Difference(NamedTuple):
     new: Entry | None
 
 
-def compare_trees(view: View, old: Directory, new: Directory) -> Iterator[Difference]:
+def compare_trees(
+    view: View, old: Directory, new: Directory, entered: Callable[[bytes, Row], object] = lambda path, row: None
+) -> Iterator[Difference]:
     """The differences in order of the paths' components.
 
     A directory that both have is never one, only what is in it. One that only
-    one of them has comes with everything below it.
+    one of them has comes with everything below it. `entered` is told the
+    directories of the new tree that the old one hasn't as they are.
     """
     if old.digest == new.digest:
         return
@@ -41,6 +44,8 @@ def compare_trees(view: View, old: Directory, new: Directory) -> Iterator[Differ
             below = before.id if before else 0, after.id if after else 0
             if not all(below):
                 yield Difference(prefix + entry.name, old_entry, new_entry)
+            if after is not None and after.id:
+                entered(prefix + entry.name, after)
             if any(below):
                 stack.append((prefix + entry.name + b"/", differing_entries(view, *below)))
                 break

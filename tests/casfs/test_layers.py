@@ -387,6 +387,32 @@ print(json.dumps(results))
     assert [kept for _, _, kept in results] == [0] * 8 + [1, 1, 1]
 
 
+def test_parts_that_come_again_become_layers_though_each_tree_is_nearly_the_same_as_a_kept_one(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As of actions that all have another version of a library than the first one had."""
+    results = run(
+        _MOVING
+        + """
+results = []
+with Store.open(place) as store:
+    some = Layers(store)
+    some.lay_out(add(store, files)).close()
+    later = {**files, **{b"d%02d/e0/changed" % n: b"later" for n in range(25)}}
+    for number in range(5):
+        tree = {**later, b"project/%d" % number: b"", b"project/own": b"%d" % number}
+        with some.lay_out(add(store, tree)) as layout:
+            results.append([layout.fresh_nodes, some.statistics()["layers"], some.statistics()["differences"]])
+print(json.dumps(results))
+"""
+    )
+    # A difference; then its parts are known again, and are layers; then what is new is laid out, and no more.
+    assert results[0] == [0, 1, 0]
+    assert results[1][1] > 20
+    assert all(laid_out < 300 for laid_out, *_ in results), "small directories are never layers"
+    assert [layers for _, layers, _ in results[2:]] == [results[1][1]] * 3
+
+
 def test_a_tree_in_which_much_changed_or_that_is_no_longer_in_the_index_is_laid_out(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
