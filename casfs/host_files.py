@@ -20,7 +20,7 @@ from typing import NamedTuple
 from casfs.errors import MountError, SandboxError
 from casfs.mountinfo import Mount, list_mounts
 from casfs.sandboxfs_protocol import Mapping, as_bazel_means, map_path
-from casfs.syscalls import is_initial_namespace
+from casfs.syscalls import is_initial_namespace, mount_number
 from store.entries import printable
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -95,7 +95,7 @@ class Volumes:
 
     def find(self, directory: int) -> tuple[int, bytes]:
         """The volume of an open directory, and its path in there, with a slash at its end. Raises MountError."""
-        mount = _mount_number(directory)
+        mount = mount_number(directory)
         path = os.readlink(b"/proc/self/fd/%d" % directory)
         found = self._places.get((mount, path))
         if found is None:
@@ -126,7 +126,7 @@ class Volumes:
 
     def kind(self, directory: int) -> str:
         """The type of the file system that an open directory is on; empty where that can't be seen."""
-        number = _mount_number(directory)
+        number = mount_number(directory)
         return next((mount.kind for mount in list_mounts() if mount.id == number), "")
 
     def _top(self, number: int, path: bytes) -> bytes:
@@ -151,7 +151,7 @@ class Volumes:
         number = self._numbers.get(top)
         if number is None:
             root = os.open(top, _DIRECTORY)
-            if _mount_number(root) != mount:
+            if mount_number(root) != mount:
                 os.close(root)
                 raise MountError(f"files of the volume at {printable(top)} can't be mapped: another mount covers it")
             number = self._numbers[top] = len(self._roots)
@@ -278,14 +278,6 @@ def _resolve_links(
 
 def _slash(path: bytes) -> bytes:
     return path if path.endswith(b"/") else path + b"/"
-
-
-def _mount_number(descriptor: int) -> int:
-    with open(f"/proc/self/fdinfo/{descriptor}", "rb", buffering=0) as file:
-        for line in file.read(512).splitlines():
-            if line.startswith(b"mnt_id:"):
-                return int(line[7:])
-    raise MountError("this kernel doesn't say which mount a file is on")
 
 
 def _unmappable(mapping: Mapping, error: OSError) -> SandboxError:

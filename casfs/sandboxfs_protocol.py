@@ -25,6 +25,7 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from json.scanner import NUMBER_RE
 from typing import Any, NamedTuple
 
@@ -42,6 +43,13 @@ _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NO_NAMES = frozenset(("", ".", ".."))
 _SHORT = 4096
 """Characters up to which it is looked at closely whether an object that makes no sense is whole."""
+_BEGIN = re.compile(r'\{"C":\{"i":"[^"\\]*",("m":\[\{)')
+"""How Bazel begins a request to create a sandbox."""
+_TEXT = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'
+_MEMBER = rf'"[a-z]":(?:{_TEXT}|0|[1-9][0-9]*|true|false)'
+_MAPPING = re.compile(rf"{_MEMBER}(?:,{_MEMBER})*")
+"""What stands between the braces of a mapping as Bazel writes it."""
+_KNOWN_MOST = 1 << 17
 _LONGEST_TOKEN = 16
 """Of what may be cut at the end of a piece, but for strings and numbers: ``false``, or an escape."""
 
@@ -97,6 +105,8 @@ class Parser:
         self._pieces: list[str] = []
         self._undecoded = b""
         self._prefixes: dict[int, bytes] = {0: b""}
+        self._known: dict[str, Mapping] = {}
+        """Mappings by what stands between their braces, as long as prefixes stand for what they stood for."""
 
     def feed(self, data: bytes) -> Iterator[Request | Refused]:
         """What is complete now. Raises BadStream, after which nothing can be fed any more."""
@@ -112,7 +122,7 @@ class Parser:
             if _begins_wrong(text):
                 raise BadStream(f"a request is a JSON object, not {text[:40]!r}")
             try:
-                value, end = _DECODER.raw_decode(text)
+                value, pieces, text = self._split(text)
             except ValueError as error:
                 if _is_cut(text, error):
                     self._pieces.append(text)
@@ -120,12 +130,30 @@ class Parser:
                 raise BadStream(f"a request is not JSON: {error}") from error
             except RecursionError:
                 raise BadStream("a request is nested too deeply") from None
-            text = text[end:]
             try:
-                request: Request | Refused = self._read(value)
+                request: Request | Refused = self._read(value, pieces)
             except Refused as refused:
                 request = refused
             yield request
+
+    def _split(self, text: str) -> tuple[dict[str, Any], list[str], str]:
+        """The first object of a text that begins with one, and what comes behind it.
+
+        Of a request as Bazel writes it the mappings are given apart, as what stands between the braces of each: those
+        of an action are mostly those of the one before, and parsing them is most of the work. Where each of these
+        pieces is an object by itself, JSON's grammar leaves no other way to read them all. Raises ValueError.
+        """
+        found = _BEGIN.match(text)
+        end = text.find("}]", found.end()) if found is not None else -1
+        if found is not None and end >= 0:
+            pieces = text[found.end() : end].split("},{")
+            if all(map(_MAPPING.fullmatch, set(pieces) - self._known.keys())):
+                rest = f'{text[: found.start(1)]}"m":[]{text[end + 2 :]}'
+                with suppress(ValueError):  # else it is told with its place in the text
+                    value, stop = _DECODER.raw_decode(rest)
+                    return value, pieces, rest[stop:]
+        value, stop = _DECODER.raw_decode(text)
+        return value, [], text[stop:]
 
     def finish(self) -> None:
         """The stream has ended. Raises BadStream if that was in the middle of a request."""
@@ -148,16 +176,16 @@ class Parser:
         self._undecoded = data[cut:]
         return data[:cut].decode("utf-8", "surrogateescape")
 
-    def _read(self, value: dict[str, Any]) -> Request:
+    def _read(self, value: dict[str, Any], pieces: list[str]) -> Request:
         if len(value) != 1:
             raise Refused(f"a request has one key, C or D, not {_shown(list(value))}")
         if "D" in value:
             return Destroy(_id(value["D"]))
         if "C" in value:
-            return self._read_create(value["C"])
+            return self._read_create(value["C"], pieces)
         raise Refused(f"there is no request {_shown(next(iter(value)))}: C or D")
 
-    def _read_create(self, value: Any) -> Create:
+    def _read_create(self, value: Any, pieces: list[str]) -> Create:
         if not isinstance(value, dict):
             raise Refused(f"C takes an object, not {_shown(value)}")
         name = _id(value.get("i"))
@@ -172,19 +200,34 @@ class Parser:
                     f"sandbox {name}: prefix {_shown(number)} is {_shown(prefix)}, not an absolute path", name
                 )
             try:
-                self._prefixes[int(number)] = _clean(_encode(prefix))
+                self._set_prefix(int(number), _clean(_encode(prefix)))
             except ValueError as error:
                 raise Refused(f"sandbox {name}: prefix {number}: {error}", name) from error
-        read: list[Mapping] = []
-        for mapping in mappings:
-            try:
-                read.append(self._read_mapping(mapping))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                what = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise Refused(f"sandbox {name}: mapping {_shown(mapping)}: {what}", name) from error
+        if len(self._known) > _KNOWN_MOST:
+            self._known.clear()
+        known = list(map(self._known.get, pieces))
+        read = [mapping or self._learn(name, piece) for mapping, piece in zip(known, pieces, strict=True)]
+        read += [self._read_mapping(name, value) for value in mappings]
         return Create(name, read)
 
-    def _read_mapping(self, mapping: dict[str, Any]) -> Mapping:
+    def _learn(self, name: str, piece: str) -> Mapping:
+        mapping = self._known[piece] = self._read_mapping(name, _DECODER.decode(f"{{{piece}}}"))
+        return mapping
+
+    def _set_prefix(self, number: int, path: bytes) -> None:
+        if self._prefixes.get(number, path) != path:
+            self._known.clear()
+        self._prefixes[number] = path
+
+    def _read_mapping(self, name: str, mapping: Any) -> Mapping:
+        """A mapping of the sandbox of that name. Raises Refused."""
+        try:
+            return self._map(mapping)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise Refused(f"sandbox {name}: mapping {_shown(mapping)}: {what}", name) from error
+
+    def _map(self, mapping: dict[str, Any]) -> Mapping:
         get = mapping.get
         number, below, name, host = get("x", 0), get("y", 0), mapping["p"], mapping["u"]
         prefixes = self._prefixes

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from typing import NewType
 
 BackingId = NewType("BackingId", int)
@@ -26,6 +27,9 @@ _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _RESOLVE_CACHED = 0x20
+
+_STATX_MNT_ID, _STATX_BYTES = 0x1000, 0x100
+_STATX_MNT_ID_AT = 0x90  # linux/stat.h: struct statx
 
 _IOC_BACKING_OPEN = 0x4010E501  # _IOW(229, 1, struct fuse_backing_map)
 _IOC_BACKING_CLOSE = 0x4004E502  # _IOW(229, 2, uint32_t)
@@ -75,6 +79,14 @@ def umount(target: str | bytes, flags: int = 0) -> None:
     """umount2(2)."""
     if _libc.umount2(os.fsencode(target), flags):
         raise _fail(f"umount {os.fsdecode(target)}")
+
+
+def mount_number(descriptor: int) -> int:
+    """The number of the mount that an open file is on, by which mountinfo has it: statx(2), Linux 5.8."""
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    if _libc.statx(descriptor, b"", _AT_EMPTY_PATH, _STATX_MNT_ID, buffer):
+        raise _fail("statx")
+    return int.from_bytes(buffer[_STATX_MNT_ID_AT : _STATX_MNT_ID_AT + 8], sys.byteorder)
 
 
 def unshare(flags: int) -> None:

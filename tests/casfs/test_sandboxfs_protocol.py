@@ -51,6 +51,38 @@ def test_prefixes_are_remembered_and_can_be_changed() -> None:
     ]
 
 
+NAMES = st.text(st.sampled_from('ab},{]["\\:/\u00e9\u20ac=\n'), min_size=1, max_size=5)
+MAPPINGS = st.lists(
+    st.fixed_dictionaries(
+        {"p": NAMES, "u": NAMES},
+        optional={"x": st.integers(0, 2), "y": st.integers(0, 2), "w": st.one_of(st.booleans(), st.integers(0, 1))},
+    ),
+    max_size=4,
+)
+
+
+@given(
+    st.lists(
+        st.tuples(MAPPINGS, st.dictionaries(st.sampled_from("12"), NAMES.map("/".__add__), max_size=2), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
+    st.booleans(),
+)
+def test_what_came_before_is_read_as_if_it_were_new(
+    requests: list[tuple[list[dict[str, Any]], dict[str, str], bool]], together: bool
+) -> None:
+    """As Bazel writes them, mappings are looked up by their text; with white space between, each is parsed."""
+    values = [{"C": {"i": str(number % 2), "m": m, "q": q}} for number, (m, q, _) in enumerate(requests * 2)]
+    plain = [json.dumps(value).encode() for value in values]
+    quick = [
+        json.dumps(value, separators=(",", ":"), ensure_ascii=escaped).encode("utf-8")
+        for value, (*_, escaped) in zip(values, requests * 2, strict=True)
+    ]
+    found = parse(b"".join(quick)) if together else parse(*quick)
+    assert list(map(repr, found)) == list(map(repr, parse(*plain)))
+
+
 @pytest.mark.parametrize(
     ("path", "read"), [("/", b""), ("", b""), ("/a//b/", b"a/b"), ("./a/.", b"a"), ("a/b", b"a/b")]
 )
