@@ -3,8 +3,9 @@
 Overlayfs takes a file by its path in a *volume* (a mount, and not what is
 mounted in it), without symbolic links on the way. So each directory is opened,
 which the kernel resolves, and asked for its path and its mount; what is in it
-is then one stat a file. Nothing here is remembered but open volumes: what was
-found is right when `resolve` returns.
+is then one stat a file: also of those that were mapped before, which saves
+only to make the same of what it says. What was found is right when `resolve`
+returns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from casfs.errors import MountError, SandboxError
@@ -29,6 +31,9 @@ _EMPTY = os.makedev(1, 3)
 
 
 _PLACES_MOST = 1 << 16
+_DIRECTORIES_MOST = 1 << 14
+_stamp_of = attrgetter("st_ino", "st_ctime_ns", "st_mtime_ns", "st_size", "st_mode", "st_dev")
+"""What is different when a file changed in any way: its owner can't without its time of change."""
 
 
 class HostFile(NamedTuple):
@@ -44,6 +49,16 @@ class HostFile(NamedTuple):
     device: int
     inode: int
     ctime_ns: int
+
+
+class _Before(NamedTuple):
+    """What mappings of files of one directory were found to be, and the stamps that say whether they still are."""
+
+    mappings: Sequence[Mapping]
+    volume: int
+    inside: bytes
+    stamps: list[object]
+    files: dict[bytes, HostFile]
 
 
 class Link(NamedTuple):
@@ -92,6 +107,7 @@ class Volumes:
         self._tops: list[bytes] = []
         self._kinds: list[str] = []
         self._places: dict[tuple[int, bytes], tuple[int, bytes]] = {}
+        self._before: dict[bytes, _Before] = {}
 
     def find(self, directory: int) -> tuple[int, bytes]:
         """The volume of an open directory, and its path in there, with a slash at its end. Raises MountError."""
@@ -160,6 +176,25 @@ class Volumes:
             self._kinds.append(self.kind(root))
         return number
 
+    def remember(self, directory: bytes, before: _Before) -> None:
+        """For `find_before`."""
+        if len(self._before) > _DIRECTORIES_MOST:
+            self._before.clear()
+        self._before[directory] = before
+
+    def find_before(
+        self, directory: bytes, mappings: Sequence[Mapping], volume: int, inside: bytes, opened: int
+    ) -> dict[bytes, HostFile] | None:
+        """What these mappings of files were found to be, where that is what they are; `opened` is the directory."""
+        before = self._before.get(directory)
+        if before is None or before[1:3] != (volume, inside) or before.mappings != mappings:
+            return None
+        try:
+            found = [os.stat(name, dir_fd=opened, follow_symlinks=False) for _, _, name, _ in mappings]
+        except OSError:
+            return None
+        return before.files if list(map(_stamp_of, found)) == before.stamps else None
+
     def close(self) -> None:
         """Close the descriptors."""
         for root in self._roots:
@@ -201,9 +236,14 @@ def _resolve_in(
         raise _unmappable(found[0], error) from error
     try:
         volume, inside = volumes.find(directory)
+        before = volumes.find_before(above, found, volume, inside, directory)
+        if before is not None:
+            resolved.files.update(before)
+            return
         device = os.fstat(directory).st_dev
         mounted = volumes.mounted_in(volume, directory)
-        files = resolved.files
+        files: dict[bytes, HostFile] = {}
+        stamps: list[object] = []
         for mapping in found:
             path, _, name, writable = mapping
             try:
@@ -222,6 +262,7 @@ def _resolve_in(
             mode = status.st_mode
             ours = status.st_dev == device if mounted is None else name not in mounted
             if stat.S_ISREG(mode) and not writable and ours:
+                stamps.append(_stamp_of(status))
                 files[path] = HostFile(
                     volume,
                     inside + name,
@@ -244,6 +285,9 @@ def _resolve_in(
                     os.close(opened)
                     continue
                 resolved.opened[path] = Opened(opened, mapping.host, stat.S_ISDIR(mode), writable)
+        resolved.files.update(files)
+        if len(stamps) == len(files) == len(found) > 1 and mounted is None:
+            volumes.remember(above, _Before(found, volume, inside, stamps, files))
     finally:
         os.close(directory)
 

@@ -157,7 +157,7 @@ class HostLayers:
     def _number(self, path: bytes, file: HostFile) -> int:
         known = self._numbers.get(path)
         if known is not None:
-            if known[0] == file:
+            if known[0] is file or known[0] == file:
                 return known[1]
             self._seen.discard(known[1])
         self._next += 1

@@ -15,8 +15,8 @@ it is there, whatever its size; laying out anew costs about 10 µs a *node*. So:
 
 Where that would lay out over `ENOUGH` nodes there is one more way: a tree of which nearly the same is kept at the same
 path is that layer and a *difference* over it, which has what changed (`plan_over`). So a tree in which one file in a
-hundred changed, in every directory, isn't laid out anew. But where what differs was mostly seen before it comes again in
-trees that are new each time, and shall be layers (`casfs.layers`).
+hundred changed, in every directory, isn't laid out anew. But where what differs was mostly seen before it comes again,
+in trees that are new each time, and shall be layers (`casfs.layers`).
 
 The second sight is what says that a subtree comes again; a first sight is not
 trusted, since an action's own outputs are seen once and would push out what is

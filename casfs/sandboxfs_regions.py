@@ -77,10 +77,10 @@ def _check_above(resolved: Resolved) -> None:
     )
     checked: set[bytes] = set()
     for paths in (resolved.files, resolved.links, resolved.opened):
-        for path in paths:
-            above = path.rpartition(b"/")[0]
+        for above in {path.rpartition(b"/")[0] for path in paths}:
             while above and above not in checked:
                 if any(has(above) for has in leaves):
+                    path = next(path for path in paths if path.startswith(above + b"/"))
                     raise SandboxError(
                         f"{printable(path)} is mapped inside of {printable(above)}, which is mapped to no directory"
                     )

@@ -86,7 +86,7 @@ def mount_number(descriptor: int) -> int:
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
     if _libc.statx(descriptor, b"", _AT_EMPTY_PATH, _STATX_MNT_ID, buffer):
         raise _fail("statx")
-    return int.from_bytes(buffer[_STATX_MNT_ID_AT : _STATX_MNT_ID_AT + 8], sys.byteorder)
+    return int.from_bytes(buffer.raw[_STATX_MNT_ID_AT : _STATX_MNT_ID_AT + 8], sys.byteorder)
 
 
 def unshare(flags: int) -> None:
