@@ -16,9 +16,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from casfs.mountinfo import list_mounts, mount_above
 from tests.conftest import Requirements, find_mounts, find_processes
+from tools.bench import volumes
 from tools.bench.buildbox import get_buildbox_fuse
 from tools.bench.load import get_generator
+from tools.bench.machine import describe, lacks_journal
 from tools.bench.measuring import Outcome, Settings, alternate
 from tools.bench.picture import as_svg
 from tools.bench.report import as_json, as_markdown
@@ -345,6 +348,23 @@ def test_the_picture_shows_every_engine(results: Results) -> None:
 
 def test_a_run_that_compiled_nothing_makes_no_picture() -> None:
     assert as_svg(as_json({}, "command", {})) is None
+
+
+def test_a_disk_without_a_journal_is_replaced_while_something_is_measured(
+    tmp_path: Path, requires: Requirements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requires.loop_devices()
+    requires.programs("mkfs.ext4")
+    monkeypatch.setattr(volumes, "lacks_journal", lambda mount: True)
+    with volumes.journaled(tmp_path, 64 << 20) as place:
+        mounted = mount_above(os.fsencode(place), list_mounts())
+        assert (place.parent, mounted.path, mounted.kind) == (tmp_path, os.fsencode(place), "ext4")
+        assert not lacks_journal(mounted) and describe(place)["store_file_system"] == "ext4, on a loop device"
+        (place / "file").write_text("there")
+    assert not find_mounts(os.fsencode(tmp_path)) and not list(tmp_path.glob("*.image"))
+    monkeypatch.setattr(volumes, "lacks_journal", lambda mount: False)
+    with volumes.journaled(tmp_path) as place:
+        assert place == tmp_path
 
 
 def test_sides_take_turns_forwards_and_backwards() -> None:

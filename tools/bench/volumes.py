@@ -53,8 +53,10 @@ def mounted_volume(place: Path, kind: str, size: int) -> Iterator[Path]:
 
 
 @contextmanager
-def journaled(directory: Path) -> Iterator[Path]:
+def journaled(directory: Path, size: int = _JOURNALED_BYTES) -> Iterator[Path]:
     """The directory; where it is on an ext4 without a journal, and root asks, a new one with a journal in there.
+
+    `size`: bytes that it has room for; it takes what is written, and for its inodes a sixtieth at once.
 
     Without a journal ext4 doesn't use the inodes of what was removed in the last
     minutes again, and looks at each of them when it makes a file
@@ -65,7 +67,7 @@ def journaled(directory: Path) -> Iterator[Path]:
     if os.geteuid() or not lacks_journal(mount_above(os.fsencode(os.path.realpath(directory)), list_mounts())):
         yield directory
         return
-    with mounted_volume(directory / "journaled", "ext4", _JOURNALED_BYTES) as volume:
+    with mounted_volume(directory / "journaled", "ext4", size) as volume:
         yield volume
 
 
