@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from casfs.fusemount import DEVICE, find_device_problem
-from casfs.mountinfo import list_mounts, mount_above
+from casfs.mountinfo import mount_of
 from casfs.probes import Probe, probe_mount, probe_passthrough, probe_pyfuse3
 from casfs.sandbox_probe import probe_bubblewrap, probe_layers, probe_user_layers, probe_user_overlay
 from casfs.syscalls import has_admin_capability, open_cached
@@ -108,7 +108,7 @@ def _examine_helper() -> Finding:
 def _examine_store(store_root: Path) -> Finding:
     how = "open it"
     near = _existing(store_root)
-    kind = mount_above(os.fsencode(os.path.realpath(near)), list_mounts()).kind
+    kind = mount_of(near).kind
     place = f"{store_root} on {kind}, {shutil.disk_usage(near).free / 2**30:.1f} GiB free"
     try:
         with Store.open(store_root, create=False):

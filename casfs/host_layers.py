@@ -43,7 +43,8 @@ LEAST = 32
 MOST = 12
 """Kept layers in one sandbox: each makes looking up a name a little longer."""
 _NUMBERS_MOST = 1 << 20
-_SOURCE = "casfs-sandboxfs"
+SOURCE = "casfs-sandboxfs"
+"""What mountinfo shows in place of a device."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -230,7 +231,7 @@ class HostLayers:
         metadata = self._write(paths, files)
         try:
             volume = files[next(iter(paths))].volume
-            return stack([metadata], [self._volumes.root(volume)], self._family, _SOURCE)
+            return stack([metadata], [self._volumes.root(volume)], self._family, SOURCE)
         finally:
             os.close(metadata)
 
@@ -250,18 +251,18 @@ class HostLayers:
     def _try_stacking(self, volume: int) -> bool:
         where = printable(self._volumes.path(volume))
         with ExitStack() as opened:
-            layers = [new_tmpfs(_SOURCE), new_tmpfs(_SOURCE)]
+            layers = [new_tmpfs(SOURCE), new_tmpfs(SOURCE)]
             for layer in layers:
                 opened.callback(os.close, layer)
             try:
-                one = stack(layers[:1], [self._volumes.root(volume)], self._family, _SOURCE)
+                one = stack(layers[:1], [self._volumes.root(volume)], self._family, SOURCE)
             except OSError as error:
                 raise MountError(
                     f"files of {where} can't be mapped, as the kernel has no overlay over it: {error.strerror}"
                 ) from error
             opened.callback(os.close, one)
             try:
-                os.close(stack([one, layers[1]], [], self._family, _SOURCE))
+                os.close(stack([one, layers[1]], [], self._family, SOURCE))
             except OSError as error:
                 if self._family is not Family.USER:
                     raise MountError(
@@ -284,7 +285,7 @@ def write_layer(
 
     The process's umask must be 0. Raises OSError.
     """
-    top = new_tmpfs(_SOURCE)
+    top = new_tmpfs(SOURCE)
     own = os.geteuid(), os.getegid()
     made = {b""}
     at, directory = b"", os.open(".", _DIRECTORY, dir_fd=top)

@@ -41,6 +41,7 @@ from casfs.overlay import Family, check_showable, find_family, stack, verify
 from casfs.planning import (
     ENOUGH,
     LEAST,
+    Known,
     Over,
     Plan,
     RowsOf,
@@ -139,7 +140,7 @@ class _Alike(NamedTuple):
 
 
 class _TooMuch(Exception):
-    """A plan would lay out more nodes than it may."""
+    """A plan would lay out over `ENOUGH` nodes."""
 
 
 class Layers:
@@ -169,9 +170,6 @@ class Layers:
             if whole and not planned.layers and directory.nodes in BASE_NODES:
                 self._keep_fresh(directory, fresh, sample, counted)
             self._kept.note(planned.noted)
-            for subtree in planned.layers:
-                if subtree.key in alike:
-                    self._kept.note(alike[subtree.key].noted)
             stacked = [*(descriptor for layer in layers for descriptor in layer.stacked()), fresh]
             fetching = self._blobs.fetching(root.function, whole and all(layer.whole for layer in layers))
             sample = sample or next((layer.sample for layer in layers if layer.sample), [])
@@ -194,7 +192,7 @@ class Layers:
 
         # What comes again shall become a layer, unless that is much and a difference will do.
         with suppress(_TooMuch):
-            return _plan_within(ENOUGH, directory, rows_of, self._kept.sight, counting=Sight.SEEN)
+            return _plan_little(directory, rows_of, self._kept.sight)
         return plan(directory, rows_of, sight_alike)
 
     def _find_alike(
@@ -225,8 +223,7 @@ class Layers:
         subtree = Subtree(b"", directory.digest, directory.id, directory.nodes)
 
         def build() -> Layer:
-            memory = _LAYER_MEMORY + subtree.nodes * MEMORY_PER_NODE
-            return self._stacked(Layer(subtree, os.dup(fresh), memory, sample), True, counted)
+            return self._stacked(Layer(subtree, os.dup(fresh), _memory_of(subtree.nodes), sample), True, counted)
 
         self._kept.leave(self._kept.take(subtree, build))
 
@@ -255,17 +252,16 @@ class Layers:
         if image is not None:
             layer = Layer(subtree, image, _IMAGE_MEMORY, sample, image=True)
         else:
-            memory = _LAYER_MEMORY + subtree.nodes * MEMORY_PER_NODE
-            layer = Layer(subtree, self._write(planned.parts), memory, sample)
+            layer = Layer(subtree, self._write(planned.parts), _memory_of(subtree.nodes), sample)
         self._stacked(layer, whole, counted)
         self._kept.note(planned.noted)
         return layer
 
     def _build_difference(self, subtree: Subtree, counted: int, alike: _Alike) -> Layer:
-        base, (parts, gone), *_ = alike
+        base, (parts, gone), _, noted = alike
         sample, whole = self._blobs.prepare(parts, subtree.digest.function)
         nodes = sum(len(part.rows) for part in parts) + len(gone)
-        layer = Layer(subtree, self._write(parts), _LAYER_MEMORY + nodes * MEMORY_PER_NODE, sample, below=base)
+        layer = Layer(subtree, self._write(parts), _memory_of(nodes), sample, below=base)
         if gone:
             try:
                 layer.whiteouts = self._written(lambda: write_whiteouts(gone))
@@ -275,6 +271,7 @@ class Layers:
         self._stacked(layer, whole, counted)
         if base.counted != counted or not base.whole:
             layer.counted = -1  # of what both have, who knows
+        self._kept.note(noted)
         return layer
 
     def _image(self, subtree: Subtree) -> int | None:
@@ -360,18 +357,13 @@ def _note(noted: list[Subtree], above: bytes, path: bytes, row: Row) -> None:
         noted.append(subtree_of(join(above, path), row))
 
 
-def _plan_within(
-    most: int,
-    directory: Directory,
-    rows_of: RowsOf,
-    known: Callable[[Subtree], Sight],
-    counting: Sight,
-) -> Plan:
-    """A plan that lays out so many nodes at most, those of subtrees of the sight `counting` included.
+def _memory_of(nodes: int) -> int:
+    return _LAYER_MEMORY + nodes * MEMORY_PER_NODE
 
-    Raises _TooMuch.
-    """
-    left = most
+
+def _plan_little(directory: Directory, rows_of: RowsOf, known: Known) -> Plan:
+    """A plan that lays out `ENOUGH` nodes at most, those that become layers now included. Raises _TooMuch."""
+    left = ENOUGH
 
     def spend(nodes: int) -> None:
         nonlocal left
@@ -386,7 +378,7 @@ def _plan_within(
 
     def known_within(subtree: Subtree) -> Sight:
         sight = known(subtree)
-        if sight is counting:
+        if sight is Sight.SEEN:
             spend(subtree.nodes)
         return sight
 

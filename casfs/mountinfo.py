@@ -83,6 +83,11 @@ def _resolve(mountpoint: Path) -> tuple[Path, Mount | None]:
     return Path(path if mount else os.path.realpath(path)), mount
 
 
+def mount_of(path: Path) -> Mount:
+    """The mount that a file or directory lies on."""
+    return mount_above(os.fsencode(os.path.realpath(path)), list_mounts())
+
+
 def mount_above(path: bytes, mounts: list[Mount]) -> Mount:
     """The mount an absolute path without symbolic links lies on."""
     best = None

@@ -33,7 +33,7 @@ from typing import Self
 
 from casfs.errors import BadMountPoint, CasfsError, MissingCapability, SandboxError
 from casfs.host_files import Opened, Volumes, resolve
-from casfs.host_layers import HostLayers
+from casfs.host_layers import SOURCE, HostLayers
 from casfs.layers import default_budget
 from casfs.mountinfo import Mount, find_mount, resolve_mountpoint
 from casfs.mountpoint import check_mountpoint, find_own
@@ -46,9 +46,6 @@ from casfs.syscalls import MNT_DETACH, MS_PRIVATE, UMOUNT_NOFOLLOW, clone_mount,
 from store.entries import printable
 
 log = logging.getLogger("casfs")
-
-SOURCE = "casfs-sandboxfs"
-"""What mountinfo shows in place of a device."""
 
 
 class Sandboxfs:

@@ -145,16 +145,14 @@ class Presence:
         Nothing is looked up.
         """
         spelled = self._spelled
-        known = spelled.get(function)
-        if known is None:
-            return list(dict.fromkeys(spellings))
-        left = set(spellings) - known
-        with self._index.view() as view:
-            self._keep_up(view)
-        if self._spelled is not spelled:
-            # Something was removed, or time has passed.
-            return list(dict.fromkeys(spellings))
-        # Most often a handful of thousands.
+        left = set(spellings)
+        if function in spelled:
+            unknown = left - spelled[function]
+            with self._index.view() as view:
+                self._keep_up(view)
+            # Else something was removed, or time has passed.
+            left = unknown if self._spelled is spelled else left
+        # Most often none, or a handful of thousands.
         return [spelling for spelling in dict.fromkeys(spellings) if spelling in left] if left else []
 
     def learn(self, names: Sequence[Name], spellings: Sequence[bytes]) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from casfs.errors import BadMountPoint, MountError, SandboxError
-from casfs.host_layers import LEAST
+from casfs.host_layers import LEAST, SOURCE
 from casfs.mountinfo import list_mounts
 from casfs.planning import ENOUGH
-from casfs.sandboxfs import SOURCE, Sandboxfs
+from casfs.sandboxfs import Sandboxfs
 from casfs.sandboxfs_protocol import Mapping, map_path
 from tests.conftest import Requirements
 

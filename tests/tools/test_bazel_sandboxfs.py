@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from casfs.host_layers import SOURCE
 from casfs.mountinfo import list_mounts
-from casfs.sandboxfs import SOURCE
 from tests.conftest import Requirements
 from tests.tools.conftest import NOBODY, REPOSITORY, Casfs, Namespace, wait_until
 from tools.bench import c_project

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from casfs.mountinfo import list_mounts, mount_above
+from casfs.mountinfo import mount_of
 from tests.conftest import Requirements, find_mounts, find_processes
 from tools.bench import volumes
 from tools.bench.buildbox import get_buildbox_fuse
@@ -357,7 +357,7 @@ def test_a_disk_without_a_journal_is_replaced_while_something_is_measured(
     requires.programs("mkfs.ext4")
     monkeypatch.setattr(volumes, "lacks_journal", lambda mount: True)
     with volumes.journaled(tmp_path, 64 << 20) as place:
-        mounted = mount_above(os.fsencode(place), list_mounts())
+        mounted = mount_of(place)
         assert (place.parent, mounted.path, mounted.kind) == (tmp_path, os.fsencode(place), "ext4")
         assert not lacks_journal(mounted) and describe(place)["store_file_system"] == "ext4, on a loop device"
         (place / "file").write_text("there")

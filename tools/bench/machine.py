@@ -9,7 +9,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from casfs.mountinfo import Mount, list_mounts, mount_above
+from casfs.mountinfo import Mount, mount_of
 from tools.bench.toolchain import NoCompiler, find_toolchain
 
 _PACKAGES = ("lmdb", "blake3", "pyfuse3")
@@ -33,7 +33,7 @@ def describe(scratch: Path) -> dict[str, str | int]:
 
 
 def _file_system(directory: Path) -> str:
-    mount = mount_above(os.fsencode(os.path.realpath(directory)), list_mounts())
+    mount = mount_of(directory)
     if lacks_journal(mount):
         return f"{mount.kind}, without a journal"
     return f"{mount.kind}, on a loop device" if mount.source.startswith("/dev/loop") else mount.kind

@@ -28,7 +28,17 @@ from store.entries import FileEntry, ReferenceEntry, Stamp
 from store.repository import Store
 from store.trees import get_directory, walk
 from tools.bench.measuring import Outcome, Settings, alternate
-from tools.bench.scratch import Ingested, Mounted, cpu_seconds, in_child, ingest, mounted_tree, observe, usable_engines
+from tools.bench.scratch import (
+    Ingested,
+    Mounted,
+    cpu_seconds,
+    in_child,
+    ingest,
+    make_files,
+    mounted_tree,
+    observe,
+    usable_engines,
+)
 
 _ENGINES = ("passthrough", "native", "fuse")
 _DIRECTORIES = 100
@@ -44,7 +54,7 @@ def run(settings: Settings) -> Outcome:
     outcome = Outcome()
     count = settings.size(10_000, 400)
     source = settings.scratch / "files"
-    names = _make_files(source, count)
+    names = make_files(source, count, _DIRECTORIES)
     store = settings.scratch / "store"
     tree = ingest(store, [(b"", source)], "files")
     blobs = in_child(lambda: _blobs_of(store, tree))
@@ -59,19 +69,6 @@ def run(settings: Settings) -> Outcome:
     for what in ("one step, other blobs", "a call each"):
         outcome.aim(f"{what}, {engines[0]}", outcome.median(what, engines[0]), _A_SECOND, "/s", at_most=False)
     return outcome
-
-
-def _make_files(top: Path, count: int) -> list[str]:
-    """Files with different contents, of one size; their paths relative to `top`."""
-    names = []
-    for directory in range(_DIRECTORIES):
-        (top / f"d{directory:02}").mkdir(parents=True)
-        for file in range(count // _DIRECTORIES):
-            name = f"d{directory:02}/file{file:03}.h"
-            (top / name).write_text(name)
-            names.append(name)
-    os.sync()  # what is written back later would be measured, too
-    return names
 
 
 def _blobs_of(store: Path, tree: Ingested) -> dict[str, FileEntry]:

@@ -128,6 +128,19 @@ class Ingested:
     seconds: float
 
 
+def make_files(top: Path, count: int, directories: int, size: int = 0) -> list[str]:
+    """So many files with different contents, of at least `size` bytes; their paths relative to `top`."""
+    names = []
+    for directory in range(directories):
+        (top / f"d{directory:02}").mkdir(parents=True)
+        for file in range(count // directories):
+            name = f"d{directory:02}/file{file:03}.h"
+            (top / name).write_bytes(name.encode().ljust(size, b"."))
+            names.append(name)
+    os.sync()  # what is written back later would be measured with the first sides
+    return names
+
+
 def ingest(
     store: Path,
     grafts: list[tuple[bytes, Path]],
@@ -150,6 +163,17 @@ def ingest(
             return Ingested(directory.digest, directory.files, directory.bytes, seconds)
 
     return in_child(work)
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Have this process run on one core meanwhile."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -20,7 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tools.bench.measuring import Outcome, Settings, alternate
-from tools.bench.scratch import Ingested, Mounted, drop_caches, ingest, mounted_tree, observe, usable_engines
+from tools.bench.scratch import (
+    Ingested,
+    Mounted,
+    drop_caches,
+    ingest,
+    make_files,
+    mounted_tree,
+    observe,
+    usable_engines,
+)
 
 _ENGINES = ("passthrough", "native", "fuse")
 _DIRECTORIES = 100
@@ -35,7 +44,7 @@ def run(settings: Settings) -> Outcome:
     outcome = Outcome()
     count = settings.size(10_000, 1_000)
     source = settings.scratch / "files"
-    names = _make_files(source, count)
+    names = make_files(source, count, _DIRECTORIES, _SIZE)
     store = settings.scratch / "store"
     tree = ingest(store, [(b"", source)], "files")
     engines, reasons = usable_engines(settings.scratch, _ENGINES)
@@ -64,19 +73,6 @@ def _on(side: str, store: Path, tree: Ingested, place: Path, sequence: _Sequence
         return
     with mounted_tree(store, tree.root, place, side, "files") as mounted:
         sequence(side, place, mounted)
-
-
-def _make_files(top: Path, count: int) -> list[str]:
-    """Files with different contents; their paths relative to `top`."""
-    names = []
-    for directory in range(_DIRECTORIES):
-        (top / f"d{directory:02}").mkdir(parents=True)
-        for file in range(count // _DIRECTORIES):
-            name = f"d{directory:02}/file{file:03}.h"
-            (top / name).write_bytes(name.encode().ljust(_SIZE, b"."))
-            names.append(name)
-    os.sync()  # what is written back later would be measured with the first sides
-    return names
 
 
 class _Phases:

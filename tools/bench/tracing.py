@@ -30,7 +30,7 @@ from pathlib import Path
 from casfs.syscalls import has_admin_capability
 from store.digest import Digest
 from tools.bench.measuring import Outcome, Settings, alternate
-from tools.bench.scratch import cpu_seconds, ingest
+from tools.bench.scratch import cpu_seconds, ingest, pinned
 from tools.bench.sessions import OwnSession, Trace, own_session
 from tools.bench.toolchain import PROGRAM, NoCompiler, compile_source, find_toolchain
 
@@ -55,7 +55,7 @@ def run(settings: Settings) -> Outcome:
     """Pins this process, and so the sessions it starts, to one core, but for the preprocessing."""
     outcome = Outcome()
     bench = Tracing(outcome, settings)
-    with _pinned(max(os.sched_getaffinity(0))):
+    with pinned(max(os.sched_getaffinity(0))):
         for number, side in alternate((BARE, OFF, ON), settings.rounds(9)):
             for operation in OPERATIONS:
                 bench.measure(operation, side, number)
@@ -175,16 +175,6 @@ class Tracing:
             shown = {name: count for name, count in counts.items() if count and name not in ("INIT", "DESTROY")}
             self._outcome.add("preprocess, wall", side, "ms", done.seconds * 1e3, shown)
             self._outcome.add("preprocess, daemon CPU", side, "ms", cpu * 1e3)
-
-
-@contextmanager
-def _pinned(core: int) -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def _file(top: Path, number: int) -> Path:

@@ -31,7 +31,7 @@ from pathlib import Path
 from store.digest import Digest
 from tools.bench.libfuse_examples import NoExample, build, mounted_example
 from tools.bench.measuring import Outcome, Settings, alternate
-from tools.bench.scratch import cpu_seconds, ingest, mounted_tree, usable_engines
+from tools.bench.scratch import cpu_seconds, ingest, mounted_tree, pinned, usable_engines
 from tools.bench.sessions import ProfiledFunction, own_session
 
 _EXAMPLES = ("passthrough_ll", "hello_ll")
@@ -65,7 +65,7 @@ def run(settings: Settings) -> Outcome:
         outcome.notes.append(f"libfuse's examples were left out: {error}")
     operations = _operations(settings)
     core = max(os.sched_getaffinity(0))
-    with _pinned(core):
+    with pinned(core):
         for number, side in alternate((*programs, *engines), settings.rounds(7)):
             place = scratch / f"{side}-{number}"
             with _serving(side, programs, store, root, source, place) as pid:
@@ -89,16 +89,6 @@ def _make_tree(scratch: Path) -> tuple[Path, Digest, Path]:
     (source / "hello").write_bytes(b"Hello World!\n")
     store = scratch / "store"
     return store, ingest(store, [(b"", source)], "tree").root, source
-
-
-@contextmanager
-def _pinned(core: int) -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 @contextmanager
@@ -193,7 +183,7 @@ def profile(settings: Settings) -> Iterator[tuple[str, int, list[ProfiledFunctio
     """
     store, root, _ = _make_tree(settings.scratch)
     engines, _ = usable_engines(settings.scratch, ("passthrough",))
-    with _pinned(max(os.sched_getaffinity(0))):
+    with pinned(max(os.sched_getaffinity(0))):
         for number, operation in enumerate(_operations(settings)):
             place = settings.scratch / f"profiled-{number}"
             with own_session(store, root, place, passthrough=bool(engines), profile=True) as session:

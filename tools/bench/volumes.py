@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from casfs.mountinfo import list_mounts, mount_above
+from casfs.mountinfo import mount_of
 from tools.bench.machine import lacks_journal
 from tools.bench.workers import Refused
 
@@ -64,7 +64,7 @@ def journaled(directory: Path, size: int = _JOURNALED_BYTES) -> Iterator[Path]:
     would so be paid for by the next, and Bazel's sandboxes, which come and go by
     the hundred links, by themselves: they took five times as long.
     """
-    if os.geteuid() or not lacks_journal(mount_above(os.fsencode(os.path.realpath(directory)), list_mounts())):
+    if os.geteuid() or not lacks_journal(mount_of(directory)):
         yield directory
         return
     with mounted_volume(directory / "journaled", "ext4", size) as volume:
