@@ -110,14 +110,14 @@ def find_children() -> dict[int, str]:
 
 
 def find_processes(top: bytes) -> dict[int, str]:
-    """Our children, and processes that belong to an absolute path: by argument, environment or what they hold open.
+    """The processes that belong to an absolute path: by argument, environment or what they hold open.
 
     A daemon that was forked in the test's own process shows only in what it
     holds open; one that was started as a command also by its environment.
     """
     named = re.compile(re.escape(top) + rb"(?![^/\0\s:=,'\"])")
     relatives = _ancestors()
-    found = find_children()
+    found = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) in relatives:
             continue
@@ -164,7 +164,7 @@ def _describe_process(pid: int, command: bytes) -> str:
 def find_remains(top: Path) -> Remains:
     """Everything of ours that lies below `top`, and our children."""
     below = os.fsencode(top)
-    return Remains(find_mounts(below), find_loops(below), find_processes(below))
+    return Remains(find_mounts(below), find_loops(below), find_children() | find_processes(below))
 
 
 def find_test_remains(top: Path) -> Remains:
