@@ -39,6 +39,11 @@ def no_head(size: int) -> bytes:
 class Reader(Protocol):
     """Bytes on their way to a client; to be closed."""
 
+    @property
+    def left(self) -> int | None:
+        """How many there are still, if that is known."""
+        ...
+
     def read(self, *, may_wait: bool = True, head: Callable[[int], bytes] = no_head) -> bytes:
         """The next piece, or none at the end. Without `may_wait` raises WouldWait where a disk is needed.
 
@@ -57,6 +62,11 @@ class PlainReader:
         self.descriptor = descriptor
         self._offset = offset
         self._end = end
+
+    @property
+    def left(self) -> int:
+        """Up to the end it was given."""
+        return self._end - self._offset
 
     def read(self, *, may_wait: bool = True, head: Callable[[int], bytes] = no_head) -> bytes:
         """The next piece."""
@@ -85,6 +95,8 @@ class CompressedReader:
         """`size`: of all that it will read."""
         self._reader = reader
         self._pieces = compress_stream(self._plain(), size)
+        self.left: int | None = None
+        """Nobody knows before it is compressed."""
 
     def _plain(self) -> Iterator[bytes]:
         while data := self._reader.read():

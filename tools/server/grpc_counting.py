@@ -1,68 +1,76 @@
-"""Counting around gRPC's methods: neither services nor the adapter know of it."""
+"""Counting around gRPC's methods: neither services nor transports know of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, cast
-
-import grpc
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, cast
 
 from store.errors import BadDigest
 from tools.reapi import methods
+from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.methods import Method
-from tools.server.grpc_adapter import Handler
+from tools.server.calls import Answer, Call, Endpoint
 from tools.server.metrics import Half, Metrics
 from tools.server.recent import Named, Recent
 from tools.server.requests import get_function, read_digest
+from tools.server.status import find_code
 
 _LOOKUPS = {methods.GET_ACTION_RESULT: Half.RESULT, methods.READ: Half.BLOB}
 _RESULTS = {methods.GET_ACTION_RESULT: "hit", methods.UPDATE_ACTION_RESULT: "stored"}
 _SMALL_BYTES = 1 << 10
-_Behaviour = Callable[[Any, Any], Awaitable[bytes | None]]
 
 
 class GrpcCounting:
-    """Wraps handlers, for `GrpcAdapter.register`."""
+    """Wraps endpoints."""
 
     def __init__(self, metrics: Metrics, recent: Recent) -> None:
         self._metrics = metrics
         self._recent = recent
 
-    def wrap(self, method: Method, handler: Handler) -> Handler:
-        """The same handler, counted."""
-        inner: Any = handler
-        if handler.request_streaming:
-            return grpc.stream_unary_rpc_method_handler(self._counted(method, inner.stream_unary))
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._counted(method, inner.unary_stream))
-        return grpc.unary_unary_rpc_method_handler(self._counted(method, inner.unary_unary))
+    def wrap(self, endpoint: Endpoint) -> Endpoint:
+        """The same endpoint, counted."""
+        method = endpoint.method
 
-    def _counted(self, method: Method, behaviour: _Behaviour) -> Any:
-        async def handle(request: Any, context: Any) -> bytes | None:
-            begun = time.perf_counter()
-            call = _Call(context)
-            answer = None
-            if method is methods.WRITE:
-                self._metrics.note_upload(1)
+        def begin(request: Any, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
+            call = _Counted(context, request)
             try:
-                answer = await behaviour(call.count(request), call)
-                call.code = "OK"
+                answer = endpoint.begin(call.request, call)
+            except Exception as error:
+                self._note(method, call, codes.Code.Name(find_code(error)), None)
+                raise
+            if answer is None or isinstance(answer, bytes):
+                self._note(method, call, "OK", answer)
                 return answer
-            finally:
-                call.sent += len(answer or b"")
-                if method is methods.WRITE:
-                    self._metrics.note_upload(-1)
-                self._metrics.note_request("grpc", method.name, call.code, time.perf_counter() - begun)
-                self._metrics.note_bytes("grpc", call.received, call.sent)
-                self._note_lookups(method, call.code, answer)
-                if call.code == "OK" and method in _RESULTS:
-                    self._note_result(method, request)
+            return self._finish(method, call, answer)
 
-        return handle
+        return Endpoint(method, begin)
 
-    def _note_lookups(self, method: Method, code: str, answer: bytes | None) -> None:
+    async def _finish(self, method: Method, call: _Counted, coming: Coroutine[Any, Any, Answer]) -> Answer:
+        code, answer = "CANCELLED", None
+        if method is methods.WRITE:
+            self._metrics.note_upload(1)
+        try:
+            answer = await coming
+            code = "OK"
+            return answer
+        except Exception as error:
+            code = codes.Code.Name(find_code(error))
+            raise
+        finally:
+            if method is methods.WRITE:
+                self._metrics.note_upload(-1)
+            self._note(method, call, code, answer)
+
+    def _note(self, method: Method, call: _Counted, code: str, answer: Answer) -> None:
+        self._metrics.note_request("grpc", method.name, code, time.perf_counter() - call.begun)
+        self._metrics.note_bytes("grpc", call.received, call.sent + len(answer or b""))
+        self._note_lookups(method, code, answer)
+        if code == "OK" and method in _RESULTS:
+            self._note_result(method, call.request)
+
+    def _note_lookups(self, method: Method, code: str, answer: Answer) -> None:
         if method in _LOOKUPS and code in ("OK", "NOT_FOUND"):
             self._metrics.note_lookup(_LOOKUPS[method], hit=code == "OK")
         elif method is methods.BATCH_READ_BLOBS and answer:
@@ -90,37 +98,30 @@ def read_named(message: bytes, method: Method = methods.GET_ACTION_RESULT) -> Na
         return None  # the service would have refused it
 
 
-class _Call:
-    """The part of a call's context that the adapter uses, counting."""
+class _Counted:
+    """A call, counted."""
 
-    def __init__(self, context: Any) -> None:
-        self.code = "CANCELLED"
-        """Until it is known better."""
-        self.received = 0
+    def __init__(self, call: Call, request: Any) -> None:
+        self.begun = time.perf_counter()
         self.sent = 0
-        self._context = context
-        self.invocation_metadata = context.invocation_metadata
-        self.peer = context.peer
-
-    def count(self, request: Any) -> Any:
-        """The request, or its messages, counted as they come."""
+        self.authorization = call.authorization
+        self._call = call
         if isinstance(request, bytes):
-            self.received += len(request)
-            return request
-        return self._count_all(request)
+            self.received = len(request)
+            self.request: Any = request
+        else:
+            self.received = 0
+            self.request = self._count(request)
 
-    async def _count_all(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    @property
+    def client(self) -> str:
+        return self._call.client
+
+    async def _count(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for message in messages:
             self.received += len(message)
             yield message
 
     async def write(self, message: bytes) -> None:
-        """Send a message."""
         self.sent += len(message)
-        await self._context.write(message)
-
-    async def abort(self, code: grpc.StatusCode, *more: Any) -> NoReturn:
-        """End the call."""
-        self.code = code.name
-        await self._context.abort(code, *more)
-        raise AssertionError("abort has raised")
+        await self._call.write(message)

@@ -1,17 +1,33 @@
-"""A gRPC server with the services, health and reflection: its life, from listening to drained."""
+"""A gRPC server with the services, health and reflection, on the transport that is chosen."""
 
 from __future__ import annotations
 
-import grpc
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from enum import Enum
+from typing import Protocol
 
 from tools.reapi.methods import services_of
 from tools.server.access import Access
-from tools.server.grpc_adapter import GrpcAdapter, GrpcLimits, Wrap
+from tools.server.address import Address
+from tools.server.calls import Calls, Endpoint, Wrap
+from tools.server.health import Health, Reflection
+from tools.server.limits import GrpcLimits
 from tools.server.services import Services
-from tools.server.tls import Certificates, Tls
+from tools.server.tls import Certificates
+
+
+class Transport(Enum):
+    """What moves the messages."""
+
+    HTTP2 = "http2"
+    """Our own."""
+    GRPCIO = "grpcio"
+    """The C library's."""
+
+
+class _Server(Protocol):
+    async def start(self, address: Address, certificates: Certificates | None) -> int: ...
+
+    async def drain(self, seconds: float) -> None: ...
 
 
 class GrpcServer:
@@ -22,44 +38,35 @@ class GrpcServer:
         services: Services,
         access: Access,
         limits: GrpcLimits,
-        wrap: Wrap = lambda method, handler: handler,
+        wrap: Wrap = lambda endpoint: endpoint,
+        transport: Transport = Transport.HTTP2,
     ) -> None:
-        """`wrap` goes around each method."""
-        self._server = grpc.aio.server(options=limits.options())
-        self._adapter = GrpcAdapter(services, access, limits)
-        self._adapter.register(self._server, wrap)
-        # What is generated registers methods, beside handing its handlers over, which is enough: grpcio waits for the
-        # next call with a task for each registered method, and all of them are looked at for each call.
-        self._server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
-        # Neither asks for a token: who checks whether a server lives needn't be able to use it.
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._names = services_of(self._adapter.methods)
-        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        """`wrap` goes around each method of the services."""
+        self._calls = Calls(services, access, limits.idle_seconds)
+        endpoints = list(map(wrap, self._calls.endpoints))
+        self._health = Health(services_of(endpoint.method for endpoint in endpoints))
+        endpoints += self._health.endpoints
+        endpoints += Reflection(endpoints).endpoints
+        self._server = _make_server(transport, endpoints, limits)
 
-    def listen(self, address: str, certificates: Certificates | None) -> int:
-        """Take a port, with TLS if there are `certificates`; returns it, or 0 where that failed."""
-        if certificates is None:
-            return self._server.add_insecure_port(address)
-        credentials = grpc.dynamic_ssl_server_credentials(
-            _configuration(certificates.current),
-            lambda: _configuration(certificates.current),
-            require_client_authentication=certificates.current.authority is not None,
-        )
-        return self._server.add_secure_port(address, credentials)
-
-    async def start(self) -> None:
-        """Answer calls from now on."""
-        await self._server.start()
-        for name in ("", *self._names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    async def start(self, address: Address, certificates: Certificates | None) -> int:
+        """Take calls there, with TLS if there are `certificates`; returns the port. Raises StoreUnusable."""
+        port = await self._server.start(address, certificates)
+        self._health.set(serving=True)
+        return port
 
     async def drain(self, seconds: float) -> None:
         """Take no more calls, let those that are on end within so many seconds, then break them off."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(seconds)
-        self._adapter.close()
+        self._health.set(serving=False)
+        await self._server.drain(seconds)
+        self._calls.close()
 
 
-def _configuration(tls: Tls) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([(tls.key, tls.certificate)], root_certificates=tls.authority)
+def _make_server(transport: Transport, endpoints: list[Endpoint], limits: GrpcLimits) -> _Server:
+    if transport is Transport.GRPCIO:
+        from tools.server.grpc_adapter import GrpcioServer
+
+        return GrpcioServer(endpoints, limits)
+    from tools.server.http2_server import Http2Server
+
+    return Http2Server(endpoints, limits)

@@ -27,7 +27,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from store.digest import Digest, DigestFunction
 from store.presence import WouldWait
 from tools.server.access import Access, Right
-from tools.server.downloads import CompressedReader, PlainReader, is_cached, no_head, warm
+from tools.server.downloads import CompressedReader, PlainReader, Reader, is_cached, no_head, warm
 from tools.server.errors import (
     BadEncoding,
     InvalidArgument,
@@ -238,7 +238,7 @@ class HttpAdapter:
 
     async def _compress(self, response: web.StreamResponse, content: Content) -> None:
         descriptor, content.descriptor = content.descriptor, -1
-        plain = PlainReader(descriptor, 0, content.size) if descriptor >= 0 else _Bytes(content.data)
+        plain: Reader = PlainReader(descriptor, 0, content.size) if descriptor >= 0 else _Bytes(content.data)
         with closing(CompressedReader(plain, content.size)) as reader:
             while data := await self._waiting.in_thread(reader.read):
                 self._metrics.note_bytes("http", 0, len(data))
@@ -302,6 +302,10 @@ class _Bytes:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+
+    @property
+    def left(self) -> int:
+        return len(self._data)
 
     def read(self, *, may_wait: bool = True, head: Callable[[int], bytes] = no_head) -> bytes:
         data, self._data = self._data, b""

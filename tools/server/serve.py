@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs.daemon import logging_to
-from store.errors import BadInput, StoreUnusable
+from store.errors import BadInput
 from store.layout import Layout
 from store.repository import SourceOptions, Store
 from store.sessions import Session
@@ -33,6 +33,7 @@ from tools.upstream.sources import Upstream, parts
 
 if TYPE_CHECKING:
     from casfs.guarding import Guard
+    from tools.server.calls import Wrap
     from tools.server.grpc_counting import GrpcCounting
     from tools.server.http_parts import HttpParts
     from tools.worker.local import WorkerOptions
@@ -69,6 +70,8 @@ class ServeOptions:
     insecure: bool = False
     message_bytes: int = 16 << 20
     streams: int = 1000
+    transport: str = "http2"
+    """A `Transport`'s value."""
     idle_seconds: float = 60.0
     drain_seconds: float = DRAIN_SECONDS
     http_address: Address | None = None
@@ -287,16 +290,14 @@ async def _serving_grpc(
     guards: Guards,
     counting: GrpcCounting | None = None,
 ) -> AsyncIterator[None]:
-    from tools.server.grpc_adapter import GrpcLimits
-    from tools.server.grpc_server import GrpcServer
+    from tools.server.grpc_server import GrpcServer, Transport
+    from tools.server.limits import GrpcLimits
 
     limits = GrpcLimits(message_bytes=options.message_bytes, streams=options.streams, idle_seconds=options.idle_seconds)
-    wrapping = () if counting is None else (counting.wrap,)
-    server = GrpcServer(services, guards, limits, *wrapping)
+    wrap: Wrap = (lambda endpoint: endpoint) if counting is None else counting.wrap
+    server = GrpcServer(services, guards, limits, wrap, Transport(options.transport))
     try:
-        if not server.listen(str(options.address), guards.certificates):
-            raise StoreUnusable(f"can't listen at {options.address}")
-        await server.start()
+        await server.start(options.address, guards.certificates)
         yield
     finally:
         await server.drain(options.drain_seconds)

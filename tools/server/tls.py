@@ -20,27 +20,33 @@ class TlsFiles:
 
 
 class Tls(NamedTuple):
-    """The contents of the files, and the same as OpenSSL has them."""
+    """The contents of the files, and the same as OpenSSL has them: for HTTP/1.1, and for HTTP/2."""
 
     certificate: bytes
     key: bytes
     authority: bytes | None
     context: ssl.SSLContext
+    http2: ssl.SSLContext
 
 
 def read_tls(files: TlsFiles) -> Tls:
     """Certificate, key and authority. Raises BadInput."""
     try:
-        # Says now what gRPC would only log later.
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(files.certificate, files.key)
-        if files.client_ca is not None:
-            context.load_verify_locations(files.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
+        context, http2 = _make_context(files), _make_context(files)
+        http2.set_alpn_protocols(["h2"])
         authority = files.client_ca.read_bytes() if files.client_ca is not None else None
-        return Tls(files.certificate.read_bytes(), files.key.read_bytes(), authority, context)
+        return Tls(files.certificate.read_bytes(), files.key.read_bytes(), authority, context, http2)
     except (OSError, ValueError) as error:
         raise BadInput(f"can't use the TLS files: {error.strerror if isinstance(error, OSError) else error}") from error
+
+
+def _make_context(files: TlsFiles) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(files.certificate, files.key)
+    if files.client_ca is not None:
+        context.load_verify_locations(files.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 class Certificates:
@@ -55,15 +61,17 @@ class Certificates:
         """Read the files again. Raises BadInput, and then nothing has changed."""
         self.current = read_tls(self._files)
 
-    def context(self) -> ssl.SSLContext:
+    def context(self, *, http2: bool = False) -> ssl.SSLContext:
         """A context to listen with, whose connections get the files that were read last.
 
         Its own is loaded with the same; what decides is the callback, which
         OpenSSL makes for every connection, whether or not that names a server.
         """
-        context = read_tls(self._files).context
-        context.sni_callback = self._choose
-        return context
 
-    def _choose(self, connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
-        connection.context = self.current.context
+        def choose(connection: ssl.SSLSocket | ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+            connection.context = self.current.http2 if http2 else self.current.context
+
+        read = read_tls(self._files)
+        context = read.http2 if http2 else read.context
+        context.sni_callback = choose
+        return context

@@ -17,10 +17,12 @@ from store.presence import WouldWait
 from store.repository import Store
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.server.access import Anybody
+from tools.server.address import Address
+from tools.server.calls import Wrap
 from tools.server.downloads import Reader, no_head
 from tools.server.errors import InvalidArgument, Unimplemented
-from tools.server.grpc_adapter import GrpcLimits, Wrap
 from tools.server.grpc_server import GrpcServer
+from tools.server.limits import GrpcLimits
 from tools.server.requests import get_function, read_digest
 from tools.server.services import Services
 
@@ -86,6 +88,10 @@ class _Wrong:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
+    @property
+    def left(self) -> int | None:
+        return self._reader.left
+
     def read(self, *, may_wait: bool = True, head: Callable[[int], bytes] = no_head) -> bytes:
         size = len(self._reader.read(may_wait=may_wait))
         return head(size) + b"?" * size if size else b""
@@ -116,7 +122,7 @@ class _Actions(_Layer):
 
 
 @contextmanager
-def serving(store: Store, odd: Odd | None = None, wrap: Wrap = lambda method, handler: handler) -> Iterator[str]:
+def serving(store: Store, odd: Odd | None = None, wrap: Wrap = lambda endpoint: endpoint) -> Iterator[str]:
     """A server of a store, in this process; its URL. `wrap` goes around each method."""
     odd = odd or Odd()
     ready: Future[int] = Future()
@@ -134,8 +140,7 @@ def serving(store: Store, odd: Odd | None = None, wrap: Wrap = lambda method, ha
 
         async def main() -> None:
             server = GrpcServer(services, Anybody(), GrpcLimits(), wrap)
-            ready.set_result(server.listen("127.0.0.1:0", None))
-            await server.start()
+            ready.set_result(await server.start(Address("127.0.0.1", 0), None))
             await stop.wait()
             await server.drain(0.1)
 

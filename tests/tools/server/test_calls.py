@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
-
 from store.repository import Store
 from tests.tools.server.conftest import SHA256, Client
 from tests.tools.server.odd import serving
 from tools.reapi import methods
-from tools.reapi.methods import Method
-from tools.server.grpc_adapter import Handler
+from tools.server.calls import Endpoint
 
 
 class Writes:
@@ -20,13 +17,12 @@ class Writes:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def wrap(self, method: Method, handler: Handler) -> Handler:
-        if method is not methods.READ:
-            return handler
-        inner: Any = handler
+    def wrap(self, endpoint: Endpoint) -> Endpoint:
+        if endpoint.method is not methods.READ:
+            return endpoint
         noted = self.sizes
 
-        class Context:
+        class Call:
             def __init__(self, real: Any) -> None:
                 self._real = real
 
@@ -37,11 +33,10 @@ class Writes:
                 noted.append(len(message))
                 await self._real.write(message)
 
-        async def handle(raw: bytes, context: Any) -> bytes:
-            answer: bytes = await inner.unary_unary(raw, Context(context))
-            return answer
+        def begin(raw: bytes, call: Any) -> Any:
+            return endpoint.begin(raw, Call(call))
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return Endpoint(endpoint.method, begin)
 
 
 def test_a_small_blob_goes_out_in_one_step_with_its_status(store: Store) -> None:

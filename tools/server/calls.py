@@ -1,0 +1,260 @@
+"""The services' methods as a transport calls them: one message in or many, one out or many, at once or later.
+
+One event loop takes all calls. What a service can answer at once it answers
+there; what waits for a disk (WouldWait), or is long, goes to a pool of threads.
+So a slow client, an open upload or a broken connection holds no thread.
+
+Messages are taken as bytes and parsed here, so that what is no message is the
+client's error (INVALID_ARGUMENT) and not ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import closing
+from typing import Any, NamedTuple, Protocol
+
+from google.protobuf.message import Message
+
+from store.presence import WouldWait
+from tools.reapi import methods
+from tools.reapi.generated import bytestream_pb2 as bytestream
+from tools.reapi.methods import Method
+from tools.server.access import Access, right_for
+from tools.server.bytestream import WriteCall
+from tools.server.downloads import Reader
+from tools.server.execution import Executions
+from tools.server.places import Places
+from tools.server.scheduler import Execution
+from tools.server.services import Services
+from tools.server.waiting import FETCH_THREADS, Waiting
+
+_PATIENCE = 0.5
+"""Of a silent client's time: so long an upload waits for its turn. Clients give up after a minute themselves."""
+_SMALL_BYTES = 64 << 10
+_LAST_MOST = _SMALL_BYTES | 15
+"""Bytes of a message that is sent with the status, and so not patiently: more would be held for a client that hangs."""
+
+
+class Call(Protocol):
+    """What a method knows of the call it answers."""
+
+    @property
+    def authorization(self) -> str | None:
+        """The header of that name."""
+        ...
+
+    @property
+    def client(self) -> str:
+        """Whose uploads are counted together: those of one address, whatever its port."""
+        ...
+
+    async def write(self, message: bytes) -> None:
+        """Send a message, and wait until the client takes more."""
+        ...
+
+
+Answer = bytes | None
+"""The only message, or the last; None: there was none, or all were written."""
+Begin = Callable[[Any, Any], "Answer | Coroutine[Any, Any, Answer]"]
+
+
+class Endpoint(NamedTuple):
+    """A method as it is called.
+
+    `begin` takes a message (or an iterator over them, where the method has many)
+    and a `Call`; it raises, or returns the answer, or what is to be awaited for
+    it. Errors are those of the table in `tools.server.status`.
+    """
+
+    method: Method
+    begin: Begin
+
+
+Wrap = Callable[[Endpoint], Endpoint]
+
+
+class Calls:
+    """The endpoints of services; made and used in the loop's thread."""
+
+    def __init__(self, services: Services, access: Access, idle_seconds: float) -> None:
+        """`idle_seconds`: how long a client may make no progress."""
+        self._access = access
+        self._waiting = Waiting(idle_seconds)
+        self._fetching = Waiting(idle_seconds, FETCH_THREADS)
+        self._places = Places(services.desk.most_per_client, idle_seconds * _PATIENCE)
+        self._stream = services.bytestream
+        cas, actions, stream = services.cas, services.actions, services.bytestream
+        self.endpoints = [
+            self._quick(methods.GET_CAPABILITIES, lambda request, may_wait: services.capabilities.get(request)),
+            self._quick(methods.GET_ACTION_RESULT, lambda request, may_wait: actions.get(request, may_wait=may_wait)),
+            self._slow(methods.UPDATE_ACTION_RESULT, actions.update),
+            self._quick(
+                methods.FIND_MISSING_BLOBS, lambda raw, may_wait: cas.find_missing(raw, may_wait=may_wait), read=bytes
+            ),
+            self._quick(methods.BATCH_READ_BLOBS, lambda request, may_wait: cas.batch_read(request, may_wait=may_wait)),
+            self._slow(methods.BATCH_UPDATE_BLOBS, cas.batch_update),
+            self._messages(methods.GET_TREE, cas.get_tree),
+            self._slow(methods.SPLIT_BLOB, cas.split),
+            self._slow(methods.SPLICE_BLOB, cas.splice),
+            Endpoint(methods.READ, self._read),
+            Endpoint(methods.WRITE, self._write),
+            self._slow(methods.QUERY_WRITE_STATUS, stream.query_write_status),
+        ]
+        if services.executions is not None:
+            self.endpoints += self._executing(services.executions)
+
+    def _executing(self, executions: Executions) -> list[Endpoint]:
+        return [
+            self._watched(methods.EXECUTE, lambda request, may_wait: executions.execute(request, may_wait=may_wait)),
+            self._watched(methods.WAIT_EXECUTION, lambda request, may_wait: executions.wait(request)),
+            self._quick(methods.GET_OPERATION, lambda request, may_wait: executions.get(request)),
+            self._slow(methods.LIST_OPERATIONS, executions.list),
+            self._quick(methods.CANCEL_OPERATION, lambda request, may_wait: executions.cancel(request)),
+        ]
+
+    def close(self) -> None:
+        """End the threads, when they have done what they are at."""
+        self._waiting.close()
+        self._fetching.close()
+
+    # How a kind of method is called.
+
+    def _quick(
+        self,
+        method: Method,
+        call: Callable[[Any, bool], Message | bytes],
+        read: Callable[[bytes], object] | None = None,
+    ) -> Endpoint:
+        """`read` makes of a message what the service takes: by default that message."""
+        parse = read or method.request.FromString
+        check, right = self._access.check, right_for(method)
+
+        def begin(raw: bytes, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
+            check(context.authorization, right)
+            request = parse(raw)
+            try:
+                return _serialize(call(request, False))
+            except WouldWait:
+                return later(request)
+
+        async def later(request: object) -> bytes:
+            return _serialize(await self._fetching.in_thread(call, request, True))
+
+        return Endpoint(method, begin)
+
+    def _slow(self, method: Method, call: Callable[[Any], Message | bytes]) -> Endpoint:
+        async def handle(raw: bytes, context: Call) -> bytes:
+            self._check(method, context)
+            request = method.request.FromString(raw)
+            return _serialize(await self._waiting.in_thread(call, request))
+
+        return Endpoint(method, handle)
+
+    def _messages(self, method: Method, call: Callable[[Any], Iterator[Message]]) -> Endpoint:
+        async def handle(raw: bytes, context: Call) -> None:
+            self._check(method, context)
+            messages = await self._fetching.in_thread(call, method.request.FromString(raw))
+            while (message := await self._fetching.in_thread(next, messages, None)) is not None:
+                await self._waiting.patiently(context.write(message.SerializeToString()))
+
+        return Endpoint(method, handle)
+
+    def _watched(self, method: Method, call: Callable[[Any, bool], Execution]) -> Endpoint:
+        """An execution's states as they come; nobody waits in a thread for the next one."""
+
+        async def handle(raw: bytes, context: Call) -> None:
+            self._check(method, context)
+            request = method.request.FromString(raw)
+            try:
+                execution = call(request, False)
+            except WouldWait:
+                execution = await self._fetching.in_thread(call, request, True)
+            changed = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            with execution.watch(lambda: loop.call_soon_threadsafe(changed.set)) as watch:
+                done = False
+                while not done:
+                    changed.clear()
+                    while (state := watch.next()) is not None:
+                        await self._waiting.patiently(context.write(state.SerializeToString()))
+                        done = state.done
+                    if not done:
+                        await changed.wait()
+
+        return Endpoint(method, handle)
+
+    def _read(self, raw: bytes, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
+        """A blob that is one small message at once; all messages but the last are written."""
+        self._check(methods.READ, context)
+        request = bytestream.ReadRequest.FromString(raw)
+        try:
+            with closing(self._stream.open_read(request, may_wait=False)) as reader:
+                if reader.left is not None and reader.left <= _SMALL_BYTES:
+                    return reader.read(may_wait=False, head=_head_of_piece) or None
+        except WouldWait:
+            pass
+        return self._read_on(request, context)
+
+    async def _read_on(self, request: bytestream.ReadRequest, context: Call) -> Answer:
+        try:
+            reader = self._stream.open_read(request, may_wait=False)
+        except WouldWait:
+            reader = await self._fetching.in_thread(self._stream.open_read, request, dropped=lambda late: late.close())
+        with closing(reader):
+            message = await self._read_piece(reader)
+            while message:
+                following = await self._read_piece(reader)
+                if not following and len(message) <= _LAST_MOST:
+                    break
+                await self._waiting.patiently(context.write(message))
+                message = following
+            return message or None
+
+    async def _read_piece(self, reader: Reader) -> bytes:
+        try:
+            return reader.read(may_wait=False, head=_head_of_piece)
+        except WouldWait:
+            return await self._waiting.in_thread(lambda: reader.read(head=_head_of_piece))
+
+    async def _write(self, raws: AsyncIterator[bytes], context: Call) -> bytes:
+        self._check(methods.WRITE, context)
+        client = context.client
+        async with self._places.one(client):
+            # Closed also when the client has vanished, which cancels this.
+            with closing(self._stream.begin_write(client)) as call:
+                return (await self._take(raws, call)).SerializeToString()
+
+    async def _take(self, raws: AsyncIterator[bytes], call: WriteCall) -> Message:
+        while True:
+            try:
+                raw = await self._waiting.patiently(anext(raws))
+            except StopAsyncIteration:
+                return call.end()
+            request = bytestream.WriteRequest.FromString(raw)
+            try:
+                answer = call.feed(request, may_wait=False)
+            except WouldWait:
+                answer = await self._waiting.in_thread(call.feed, request)
+            if answer is not None:
+                return answer
+
+    # What they share.
+
+    def _check(self, method: Method, context: Call) -> None:
+        self._access.check(context.authorization, right_for(method))
+
+
+def _serialize(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _head_of_piece(size: int) -> bytes:
+    """What makes so many bytes a ReadResponse. Not by protobuf, which would copy them twice."""
+    head = bytearray(b"\x52")
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    head.append(size)
+    return bytes(head)

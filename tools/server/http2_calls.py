@@ -1,0 +1,414 @@
+"""gRPC on HTTP/2: endpoints answering the streams of a connection, whose bytes somebody else moves.
+
+The wire is that of gRPC's "PROTOCOL-HTTP2": requests are POSTs to
+``/SERVICE/METHOD``, messages have five bytes before them, and a status comes in
+the trailers. What an endpoint answers at once costs no task and goes out with
+its status in one piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import zlib
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from struct import Struct
+from typing import Any, NamedTuple, cast
+from urllib.parse import quote
+
+from tools.http2.connection import Connection, Stream
+from tools.http2.hpack import Header, encode
+from tools.reapi.generated import code_pb2 as codes
+from tools.reapi.generated.status_pb2 import Status
+from tools.server.calls import Answer, Endpoint
+from tools.server.errors import Exhausted, InvalidArgument, TooSlow, Unimplemented
+from tools.server.limits import GrpcLimits
+from tools.server.status import as_status
+
+_PREFIX = Struct(">BI")
+_PREFIX_BYTES = 5
+_CONTENT_TYPE = b"application/grpc"
+_HEADERS = encode([(b":status", b"200"), (b"content-type", _CONTENT_TYPE), (b"grpc-accept-encoding", b"identity,gzip")])
+_OK = encode([(b"grpc-status", b"0")])
+_TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
+_UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_ENTRY_BYTES = 32
+"""What a header counts for beside its text (RFC 9113, section 6.5.2)."""
+_MESSAGE_TEXT_MOST = 2048
+"""Of a status: clients bound headers, too."""
+_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+"""What a status message needn't have quoted."""
+_UNIMPLEMENTED = 12
+
+
+class Head(NamedTuple):
+    """What a request's headers say; those with a `refusal` get that block for an answer."""
+
+    endpoint: Endpoint | None
+    authorization: str | None = None
+    timeout: bytes = b""
+    compressed: bool = False
+    """Messages may be: gzip."""
+    refusal: bytes = b""
+
+
+class Routes:
+    """The endpoints by their paths, and what else a request is refused for."""
+
+    def __init__(self, endpoints: Iterable[Endpoint], limits: GrpcLimits) -> None:
+        self.limits = limits
+        self._endpoints = {endpoint.method.path.encode(): endpoint for endpoint in endpoints}
+
+    def interpret(self, headers: list[Header]) -> Head:
+        """Of headers that an HTTP/2 request may have."""
+        size = sum(len(name) + len(value) + _ENTRY_BYTES for name, value in headers)
+        if size > self.limits.header_bytes:
+            return _refuse(Exhausted(f"headers of {size} bytes: at most {self.limits.header_bytes} may be"))
+        found = dict(headers)
+        if found[b":method"] != b"POST":
+            return Head(None, refusal=encode([(b":status", b"405"), (b"allow", b"POST")]))
+        kind = found.get(b"content-type", b"")
+        if kind != _CONTENT_TYPE and not kind.startswith((_CONTENT_TYPE + b"+", _CONTENT_TYPE + b";")):
+            return Head(None, refusal=encode([(b":status", b"415")]))
+        endpoint = self._endpoints.get(found[b":path"])
+        if endpoint is None:
+            return _refuse(Unimplemented(f"there is no method {found[b':path'].decode('ascii', 'replace')[:200]} here"))
+        encoding = found.get(b"grpc-encoding", b"identity")
+        if encoding not in (b"identity", b"gzip"):
+            return _refuse(
+                Unimplemented(
+                    f"messages in {encoding.decode('ascii', 'replace')[:40]}: identity and gzip are known here"
+                )
+            )
+        authorization = found.get(b"authorization")
+        return Head(
+            endpoint,
+            None if authorization is None else authorization.decode("utf-8", "surrogateescape"),
+            found.get(b"grpc-timeout", b""),
+            encoding == b"gzip",
+        )
+
+
+def _refuse(error: Exception) -> Head:
+    return Head(None, refusal=_HEADERS + _trailers_of(as_status(error)))
+
+
+def _trailers_of(status: Status) -> bytes:
+    if not status.code:
+        return _OK
+    text = quote(status.message[:_MESSAGE_TEXT_MOST], _SAFE).encode()
+    trailers = [(b"grpc-status", b"%d" % status.code), (b"grpc-message", text)]
+    if status.details:
+        trailers.append((b"grpc-status-details-bin", b64encode(status.SerializeToString()).rstrip(b"=")))
+    return encode(trailers)
+
+
+def _read_timeout(text: bytes) -> float | None:
+    """Seconds, or None where nobody says how long it may take."""
+    match = _TIMEOUT.fullmatch(text)
+    return int(match[1]) * _UNITS[match[2]] if match else None
+
+
+class _Call(Stream):
+    """A stream, as endpoints know it."""
+
+    __slots__ = (
+        "_advanced",
+        "_ended",
+        "_owner",
+        "_parts",
+        "_waiter",
+        "answering",
+        "deadline",
+        "heard",
+        "size",
+        "task",
+    )
+
+    head: Head
+
+    def __init__(self, stream_id: int, head: Head, window: int, expected: int, owner: ConnectionCalls) -> None:
+        super().__init__(stream_id, head, window, expected)
+        self._owner = owner
+        self.answering = False
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._parts: list[bytes] = []
+        """Of the message that is coming."""
+        self.size = 0
+        """Bytes of them."""
+        self._advanced = 0
+        """Bytes of it that were allowed before they came."""
+        self.task: asyncio.Task[None] | None = None
+        self.deadline: asyncio.TimerHandle | None = None
+        self.heard = 0.0
+        """When the last part came, while the call waits for all of its only message."""
+
+    # For endpoints.
+
+    @property
+    def authorization(self) -> str | None:
+        return self.head.authorization
+
+    @property
+    def client(self) -> str:
+        return self._owner.client
+
+    async def write(self, message: bytes) -> None:
+        """Returns when the windows have taken all of it, and the socket wants more."""
+        connection = self._owner.connection
+        if not self.answering:
+            self.answering = True
+            connection.send_headers(self, _HEADERS)
+        connection.send_data(self, _PREFIX.pack(0, len(message)), message)
+        while self.pending:
+            await self._wait()
+        if self._owner.paused is not None:
+            await self._owner.paused.wait()
+
+    def messages(self) -> AsyncIterator[bytes]:
+        """Those of the client, as they come."""
+        return self
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while True:
+            message = self.take()
+            if message is not None:
+                return message
+            if self._ended:
+                if self.size:
+                    raise InvalidArgument("the stream ended in the middle of a message")
+                raise StopAsyncIteration
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._waiter = waiter = self._owner.loop.create_future()
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+    # For the connection's calls.
+
+    def wake(self) -> None:
+        """What it waited for may be there."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def add(self, data: bytes, ended: bool) -> None:
+        """More of the request."""
+        if data:
+            self._parts.append(data)
+            self.size += len(data)
+        self._ended = ended
+
+    def look(self) -> int:
+        """The bytes of the next message with its prefix, if all of it is there, or 0. Raises Exhausted."""
+        if self.size < _PREFIX_BYTES:
+            return 0
+        parts = self._parts
+        if len(parts[0]) < _PREFIX_BYTES:
+            parts[:] = [b"".join(parts)]
+        _, length = _PREFIX.unpack_from(parts[0])
+        most = self._owner.routes.limits.message_bytes
+        if length > most:
+            raise Exhausted(f"a message of {length} bytes: at most {most} may be")
+        whole = _PREFIX_BYTES + length
+        if self.size < whole:
+            # A message may be larger than what may come before it is taken.
+            lacking = whole - self.size - self.room
+            if lacking > 0 and self.receiving:
+                more = max(lacking - self.credit, 0)
+                self._advanced += more
+                self._owner.connection.allow(self, more, least=0)
+            return 0
+        return int(whole)
+
+    def take(self) -> bytes | None:
+        """The next message, if all of it is there. Raises what is wrong with it."""
+        whole = self.look()
+        if not whole:
+            return None
+        parts = self._parts
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        rest = data[whole:]
+        parts[:] = [rest] if rest else []
+        self.size -= whole
+        # What was taken may come again: a client sends on while this message is worked on.
+        if self.receiving:
+            self._owner.connection.allow(self, whole - self._advanced)
+            self._advanced = 0
+        message = data[_PREFIX_BYTES:whole]
+        return self._expand(message) if data[0] else message
+
+    def take_only(self, ended: bool) -> bytes | None:
+        """The only message, once that is sure. Raises InvalidArgument where there is another, or none."""
+        if not ended:
+            # Only looked at: what is too large is refused before it comes.
+            self.look()
+            return None
+        message = self.take()
+        if message is None or self.size:
+            raise InvalidArgument("there has to be one message in the request, and all of it")
+        return message
+
+    def _expand(self, message: bytes) -> bytes:
+        most = self._owner.routes.limits.message_bytes
+        if not self.head.compressed:
+            raise InvalidArgument("a compressed message, without a grpc-encoding that says how")
+        expander = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            expanded = expander.decompress(message, most + 1)
+        except zlib.error as error:
+            raise InvalidArgument(f"this is no gzip: {error}") from error
+        if len(expanded) > most:
+            raise Exhausted(f"a message that expands to over {most} bytes")
+        if not expander.eof:
+            raise InvalidArgument("a gzip stream that is cut short")
+        return expanded
+
+
+class ConnectionCalls:
+    """The calls of one connection. `send` is called soon after there is output."""
+
+    def __init__(self, routes: Routes, client: str, send: Callable[[], object]) -> None:
+        self.routes = routes
+        self.client = client
+        self.loop = asyncio.get_running_loop()
+        self.paused: asyncio.Event | None = None
+        """The socket takes no more; set when it does again."""
+        self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is under way."""
+        return not self.connection.streams and not self._tasks
+
+    async def cancel(self) -> None:
+        """End what is under way, and wait for that."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def drop_silent(self, before: float) -> None:
+        """End the calls whose only message has begun to come, and went on last before that time of the loop."""
+        for stream in list(self.connection.streams.values()):
+            call = cast("_Call", stream)
+            if call.heard and call.heard < before:
+                self._fail(call, TooSlow(f"no progress in {self.routes.limits.idle_seconds:g} s"))
+
+    # As the connection's handler.
+
+    def interpret(self, headers: list[Header]) -> Head:
+        """What a request's headers say."""
+        return self.routes.interpret(headers)
+
+    def make(self, stream_id: int, head: Head, window: int, expected: int) -> Stream:
+        """A stream with what a call needs."""
+        return _Call(stream_id, head, window, expected, self)
+
+    def begin(self, call: _Call, ended: bool) -> None:
+        """Answer it, or wait for its message."""
+        endpoint = call.head.endpoint
+        if endpoint is None:
+            self.connection.send_trailers(call, call.head.refusal)
+        elif endpoint.method.streams_in:
+            call.add(b"", ended)
+            self._start(call, endpoint, call.messages())
+        elif ended:
+            self._fail(call, InvalidArgument("there is no message in the request"))
+        else:
+            call.heard = self.loop.time()
+
+    def data(self, call: _Call, data: bytes, ended: bool) -> None:
+        """Have it waited for, or answered."""
+        endpoint = call.head.endpoint
+        if endpoint is None:
+            return
+        call.add(data, ended)
+        if endpoint.method.streams_in:
+            call.wake()
+            return
+        if not call.heard:
+            return  # it is answered already
+        try:
+            message = call.take_only(ended)
+        except Exception as error:  # noqa: BLE001 - told to the client
+            self._fail(call, error)
+            return
+        if message is None:
+            call.heard = self.loop.time()
+        else:
+            call.heard = 0.0
+            self._start(call, endpoint, message)
+
+    def broken(self, call: _Call) -> None:
+        """Nobody waits for the answer."""
+        if call.task is not None:
+            call.task.cancel()
+
+    def drained(self, call: _Call) -> None:
+        """It may write on."""
+        call.wake()
+
+    # How.
+
+    def _start(self, call: _Call, endpoint: Endpoint, request: bytes | AsyncIterator[bytes]) -> None:
+        try:
+            answer = endpoint.begin(request, call)
+        except Exception as error:  # noqa: BLE001 - told to the client
+            self._fail(call, error)
+            return
+        if answer is None or isinstance(answer, bytes):
+            self._answer(call, answer)
+            return
+        call.task = task = self.loop.create_task(self._finish(call, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        seconds = _read_timeout(call.head.timeout)
+        if seconds is not None:
+            call.deadline = self.loop.call_later(seconds, self._expire, call)
+
+    async def _finish(self, call: _Call, coming: Coroutine[Any, Any, Answer]) -> None:
+        try:
+            answer = await coming
+        except Exception as error:  # noqa: BLE001 - told to the client
+            self._fail(call, error)
+        else:
+            self._answer(call, answer)
+        finally:
+            if call.deadline is not None:
+                call.deadline.cancel()
+
+    def _expire(self, call: _Call) -> None:
+        """The time is over that the client gave it."""
+        if call.task is not None:
+            call.task.cancel()
+        self._end(call, _trailers_of(Status(code=codes.DEADLINE_EXCEEDED, message="the call's own deadline")))
+
+    def _answer(self, call: _Call, answer: Answer) -> None:
+        connection = self.connection
+        if connection.streams.get(call.id) is not call:
+            return
+        if answer is None:
+            self._end(call, _OK)
+        elif call.answering:
+            connection.send_data(call, _PREFIX.pack(0, len(answer)), answer)
+            connection.send_trailers(call, _OK)
+        else:
+            connection.answer(call, _HEADERS, _PREFIX.pack(0, len(answer)) + answer, _OK)
+
+    def _fail(self, call: _Call, error: Exception) -> None:
+        self._end(call, _trailers_of(as_status(error)))
+
+    def _end(self, call: _Call, trailers: bytes) -> None:
+        call.heard = 0.0
+        if self.connection.streams.get(call.id) is call and call.trailers is None:
+            self.connection.send_trailers(call, trailers if call.answering else _HEADERS + trailers)
