@@ -33,13 +33,11 @@ KEPT_TO: Mapping[str, frozenset[str]] = {
         {
             "tools.bench.bare_grpc",
             "tools.server.grpc_adapter",
-            "tools.server.grpc_counting",
-            "tools.server.grpc_server",
             "tools.upstream.channel",
         }
     ),
-    "grpc_health": frozenset({"tools.server.grpc_server"}),
-    "grpc_reflection": frozenset({"tools.server.grpc_server"}),
+    "grpc_health": frozenset({"tools.server.health"}),
+    "grpc_reflection": frozenset({"tools.server.health"}),
     "grpc_tools": frozenset(),
     "aiohttp": frozenset({"tools.server.http_adapter", "tools.server.http_server"}),
     "prometheus_client": frozenset({"tools.server.metrics"}),
@@ -172,7 +170,7 @@ def test_the_store_and_the_projection_know_nothing_of_messages() -> None:
             assert not item.name.startswith(PROTOBUF), f"{item.place}: {item.importer} imports {item.name}"
 
 
-TRANSPORT = ("grpc", "tools.server.grpc_", "tools.server.http_", "tools.server.serve")
+TRANSPORT = ("grpc", "tools.http2", "tools.server.grpc_", "tools.server.http", "tools.server.serve")
 
 
 def test_the_worker_knows_no_transport_and_servers_only_its_seam() -> None:
@@ -183,6 +181,13 @@ def test_the_worker_knows_no_transport_and_servers_only_its_seam() -> None:
         if item.importer.startswith("tools.server.") and item.loading and item.name.startswith("tools.worker"):
             seam = ("tools.worker.work", "tools.worker.report")
             assert item.name in seam, f"{item.place}: {item.importer} imports {item.name}"
+
+
+def test_http2_knows_nothing_of_what_it_carries() -> None:
+    for item in read_imports(ROOT):
+        if item.importer.startswith("tools.http2"):
+            ours = item.name.startswith(("tools.", "casfs", "store"))
+            assert not ours or item.name.startswith("tools.http2"), f"{item.place}: {item.importer} imports {item.name}"
 
 
 def test_the_source_that_is_checked_is_the_source_that_is_used() -> None:

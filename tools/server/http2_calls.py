@@ -162,6 +162,9 @@ class _Call(Stream):
             self.answering = True
             connection.send_headers(self, _HEADERS)
         connection.send_data(self, _PREFIX.pack(0, len(message)), message)
+        # Not soon but now, so that it is known whether the socket takes more: a blob that is in memory is read to its
+        # end without a pause.
+        self._owner.send()
         while self.pending:
             await self._wait()
         if self._owner.paused is not None:
@@ -273,15 +276,18 @@ class _Call(Stream):
 
 
 class ConnectionCalls:
-    """The calls of one connection. `send` is called soon after there is output."""
+    """The calls of one connection. `send` moves its output; `send_soon` has that done a little later."""
 
-    def __init__(self, routes: Routes, client: str, send: Callable[[], object]) -> None:
+    def __init__(
+        self, routes: Routes, client: str, send: Callable[[], object], send_soon: Callable[[], object]
+    ) -> None:
         self.routes = routes
         self.client = client
+        self.send = send
         self.loop = asyncio.get_running_loop()
         self.paused: asyncio.Event | None = None
         """The socket takes no more; set when it does again."""
-        self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send)
+        self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send_soon)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property

@@ -122,7 +122,7 @@ class _Connection(asyncio.Protocol):
         if connected is not None and connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = transport.get_extra_info("peername")
-        self._calls = ConnectionCalls(self._routes, str(peer[0]) if peer else "", self._send_soon)
+        self._calls = ConnectionCalls(self._routes, str(peer[0]) if peer else "", self._send, self._send_soon)
         self._connection = self._calls.connection
         self._all.add(self)
         self._send()

@@ -226,8 +226,24 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
 
 
+def _keep_memory() -> None:
+    """Have the C library keep what a message took for the next one.
+
+    Blocks of more than 128 KiB go back to the kernel at once by default, and
+    come again a page fault for each page: a third of the CPU of a read of 4 MiB.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # of the GNU library
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 16 << 20)
+        mallopt(m_trim_threshold, 64 << 20)
+
+
 async def _serve(options: ServeOptions, announce: Callable[[], None], guard: Guard | None = None) -> None:
     """One process: open all, serve, drain, close all."""
+    _keep_memory()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     guards = options.guards()
