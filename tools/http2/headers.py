@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from tools.http2.hpack import Header
 
 _PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority"))
@@ -41,8 +43,18 @@ def check_trailers(headers: list[Header]) -> None:
 
 
 def _check_regular(name: bytes, value: bytes) -> None:
-    if name in _OF_CONNECTIONS or (name == b"te" and value != b"trailers"):
+    if not _is_name(name) or (name == b"te" and value != b"trailers"):
         raise Malformed
+
+
+@lru_cache(1024)
+def _is_name(name: bytes) -> bool:
     # A colon begins a pseudo-header, and anything unprintable or in capitals is no name.
-    if name != name.lower() or not name or b":" in name or min(name) <= 0x20 or max(name) >= 0x7F:
-        raise Malformed
+    return (
+        bool(name)
+        and name not in _OF_CONNECTIONS
+        and name == name.lower()
+        and b":" not in name
+        and min(name) > 0x20
+        and max(name) < 0x7F
+    )

@@ -3,5 +3,6 @@
 A service knows no transport: it takes a message, returns one or raises an
 error of `tools.server.errors` or of the store, and `tools.server.status` says
 which code that is. `tools.server.services` makes them for a store;
-`tools.server.grpc_adapter` speaks gRPC for them.
+`tools.server.calls` says how each method is called, and `http2_server` (our
+own) or `grpc_adapter` (grpcio's) move the messages.
 """

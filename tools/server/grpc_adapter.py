@@ -1,7 +1,7 @@
 """The services over grpcio's asyncio server: endpoints as its handlers, their errors as its status codes.
 
-The C library sets TCP_NODELAY on every connection by itself. It costs four times the CPU of our own HTTP/2 for a small
-call, and is here for who trusts it more.
+The C library sets TCP_NODELAY on every connection by itself. It costs several times the CPU of our own HTTP/2 for a
+small call, and is here for who trusts it more, and to compare with.
 """
 
 from __future__ import annotations
