@@ -14,79 +14,23 @@ everything else for the peer to read, and the owner reads no more until it does.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from tools.http2 import frames
 from tools.http2.frames import ErrorCode
 from tools.http2.headers import Malformed, check_request, check_trailers
-from tools.http2.hpack import Decoder, Header, HpackError
+from tools.http2.hpack import Decoder, HpackError
+from tools.http2.outgoing import Outgoing
+from tools.http2.stream import STREAM_WINDOW, Handler, Stream
 
-Buffer = bytes | memoryview
-
-STREAM_WINDOW = 256 << 10
-"""Bytes of a stream that come before it is waited for."""
 _CONNECTION_WINDOW = 16 << 20
-_SENT_MOST = 64 << 10
-"""Bytes of a frame that is sent, where the peer takes so large ones: in between others get their turn."""
 _BROKEN_MOST = 1000
 """Streams broken off beyond those that ended well. A build that is cancelled breaks off some hundreds."""
 _CONTINUATIONS_MOST = 64
 _KNOWN_MOST = 64
 """Header blocks whose meaning is remembered."""
 _GONE_MOST = 4096
-
-
-class Stream:
-    """One request and its answer, until both are over."""
-
-    __slots__ = ("credit", "expected", "head", "id", "pending", "receiving", "room", "trailers", "window")
-
-    def __init__(self, stream_id: int, head: Any, window: int, expected: int) -> None:
-        """`head`: what the handler made of the headers. `expected`: the bytes to come, or -1."""
-        self.id = stream_id
-        self.head = head
-        self.window = window
-        """Bytes that the peer takes."""
-        self.room = STREAM_WINDOW
-        """Bytes that the peer may send."""
-        self.credit = 0
-        """Bytes that were allowed again, and not yet told."""
-        self.expected = expected
-        self.receiving = True
-        self.pending: deque[memoryview] | None = None
-        """What waits for windows; None when nothing ever did."""
-        self.trailers: bytes | None = None
-        """The block that ends the stream behind what is pending."""
-
-
-class Handler(Protocol):
-    """What a connection is for."""
-
-    def interpret(self, headers: list[Header]) -> Any:
-        """What a request's headers mean, for `Stream.head`; of equal ones it isn't asked again. Mustn't raise."""
-        ...
-
-    def make(self, stream_id: int, head: Any, window: int, expected: int) -> Stream:
-        """A stream, or one of a class derived of it."""
-        ...
-
-    def begin(self, stream: Any, ended: bool) -> None:
-        """A request has begun; `ended`: that is all of it."""
-        ...
-
-    def data(self, stream: Any, data: bytes, ended: bool) -> None:
-        """More of a request."""
-        ...
-
-    def broken(self, stream: Any) -> None:
-        """A stream is over before it was answered to its end."""
-        ...
-
-    def drained(self, stream: Any) -> None:
-        """What waited for the stream's window is out."""
-        ...
 
 
 class _ConnectionError(Exception):
@@ -96,18 +40,17 @@ class _ConnectionError(Exception):
 
 
 class Connection:
-    """Everything about one connection. `output` is to be sent; `wake` is called when it has something again."""
+    """Everything about one connection. `out` has what is to be sent; `wake` is called when there is something again."""
 
     def __init__(self, handler: Handler, streams_most: int, header_bytes: int, wake: Callable[[], object]) -> None:
         """`header_bytes`: of a request's headers; longer blocks than a few times that end the connection."""
         self.streams: dict[int, Stream] = {}
         self.closed = False
-        """Nothing more is read or sent, but what is in `output`."""
+        """Nothing more is read or sent, but what is in `out`."""
         self.pings_answered = 0
         self.begun = False
         """The peer speaks HTTP/2."""
         self._handler = handler
-        self._wake = wake
         self._streams_most = streams_most
         self._block_most = 4 * header_bytes
         self._decoder = Decoder()
@@ -123,30 +66,18 @@ class Connection:
         self._broken = 0
         self._credit = 0
         self._room = _CONNECTION_WINDOW
-        self._window = frames.WINDOW
-        self._first_window = frames.WINDOW
-        self._frame = frames.FRAME_LEAST
-        self._blocked: dict[int, Stream] = {}
-        self._output: list[Buffer] = [
-            frames.settings(
-                {
-                    frames.MAX_CONCURRENT_STREAMS: streams_most,
-                    frames.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
-                    frames.MAX_HEADER_LIST_SIZE: header_bytes,
-                }
-            ),
-            frames.window_update(0, _CONNECTION_WINDOW - frames.WINDOW),
-        ]
-
-    def take_output(self) -> list[Buffer]:
-        """What is to be sent, in order; it counts as sent."""
-        output, self._output = self._output, []
-        return output
+        self.out = out = Outgoing(wake, self._end, handler.drained)
+        settings = {
+            frames.MAX_CONCURRENT_STREAMS: streams_most,
+            frames.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+            frames.MAX_HEADER_LIST_SIZE: header_bytes,
+        }
+        out.send(frames.settings(settings) + frames.window_update(0, _CONNECTION_WINDOW - frames.WINDOW))
 
     # What comes.
 
     def receive(self, data: bytes) -> None:
-        """Bytes came. Whatever is wrong with them is the peer's to know, and in `output`."""
+        """Bytes came. Whatever is wrong with them is the peer's to know, and in `out`."""
         if self.closed:
             return
         if self._left:
@@ -195,7 +126,7 @@ class Connection:
             raise _ConnectionError(ErrorCode.FLOW_CONTROL_ERROR, "more than the connection's window")
         self._credit += length
         if self._credit >= _CONNECTION_WINDOW >> 1:
-            self._output.append(frames.window_update(0, self._credit))
+            self.out.send(frames.window_update(0, self._credit))
             self._room += self._credit
             self._credit = 0
         stream = self.streams.get(stream_id)
@@ -229,7 +160,7 @@ class Connection:
         if stream is not None:
             self._break(stream, ErrorCode.STREAM_CLOSED)
         else:
-            self._send(frames.rst_stream(stream_id, ErrorCode.STREAM_CLOSED))
+            self.out.send(frames.rst_stream(stream_id, ErrorCode.STREAM_CLOSED))
             self._count_broken()
 
     def _take_headers(self, stream_id: int, flags: int, payload: bytes) -> None:
@@ -290,7 +221,7 @@ class Connection:
         if ended and expected > 0:
             self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
             return
-        stream = self._handler.make(stream_id, head, self._first_window, expected)
+        stream = self._handler.make(stream_id, head, self.out.first_window, expected)
         stream.receiving = not ended
         self.streams[stream_id] = stream
         self._handler.begin(stream, ended)
@@ -332,7 +263,7 @@ class Connection:
             if flags & frames.ACK:
                 self.pings_answered += 1
             else:
-                self._send(frames.frame(frames.PING, frames.ACK, 0, payload))
+                self.out.send(frames.frame(frames.PING, frames.ACK, 0, payload))
         elif kind == frames.PRIORITY:
             if not stream_id:
                 raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, "a priority of no stream")
@@ -354,14 +285,10 @@ class Connection:
         if not stream_id:
             if not size:
                 raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, "a window opened by nothing")
-            self._window += size
-            if self._window > frames.WINDOW_MOST:
+            self.out.window += size
+            if self.out.window > frames.WINDOW_MOST:
                 raise _ConnectionError(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
-            # In turns: who is served goes to the end.
-            for stream in list(self._blocked.values()):
-                del self._blocked[stream.id]
-                self._blocked[stream.id] = stream
-                self._push(stream)
+            self.out.push_all()
             return
         known = self.streams.get(stream_id)
         if known is None:
@@ -375,7 +302,7 @@ class Connection:
         if known.window > frames.WINDOW_MOST:
             self._break(known, ErrorCode.FLOW_CONTROL_ERROR)
         elif known.pending:
-            self._push(known)
+            self.out.push(known)
 
     def _take_reset(self, stream_id: int, payload: bytes) -> None:
         if not stream_id or stream_id > self._last or not stream_id & 1:
@@ -401,18 +328,17 @@ class Connection:
             if key == frames.INITIAL_WINDOW_SIZE:
                 if value > frames.WINDOW_MOST:
                     raise _ConnectionError(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
-                self._change_windows(value - self._first_window)
-                self._first_window = value
+                self._change_windows(value - self.out.first_window)
+                self.out.first_window = value
             elif key == frames.MAX_FRAME_SIZE:
                 if not frames.FRAME_LEAST <= value <= frames.FRAME_MOST:
                     raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, f"frames of {value} bytes")
-                self._frame = min(value, _SENT_MOST)
+                self.out.allow_frames(value)
             elif key == frames.ENABLE_PUSH and value > 1:
                 raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, "push is on or off")
         # Before anything that it allows: from here on the peer counts by it.
-        self._send(frames.frame(frames.SETTINGS, frames.ACK, 0))
-        for stream in list(self._blocked.values()):
-            self._push(stream)
+        self.out.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        self.out.push_all()
 
     def _change_windows(self, change: int) -> None:
         for stream in self.streams.values():
@@ -430,68 +356,30 @@ class Connection:
         stream.credit += size
         if stream.credit >= least and stream.receiving:
             stream.room += stream.credit
-            self._send(frames.window_update(stream.id, stream.credit))
+            self.out.send(frames.window_update(stream.id, stream.credit))
             stream.credit = 0
-
-    def answer(self, stream: Stream, headers: bytes, message: bytes, trailers: bytes) -> None:
-        """The whole answer at once: two blocks and what is between them."""
-        size = len(message)
-        if size > stream.window or size > self._window or size > self._frame:
-            self.send_headers(stream, headers)
-            self.send_data(stream, message)
-            self.send_trailers(stream, trailers)
-            return
-        stream.window -= size
-        self._window -= size
-        stream_id, frame = stream.id, frames.frame
-        self._send(
-            frame(frames.HEADERS, frames.END_HEADERS, stream_id, headers)
-            + frame(frames.DATA, 0, stream_id, message)
-            + frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream_id, trailers)
-        )
-        self._end(stream)
-
-    def send_headers(self, stream: Stream, block: bytes) -> None:
-        """Begin an answer."""
-        self._send(frames.frame(frames.HEADERS, frames.END_HEADERS, stream.id, block))
-
-    def send_data(self, stream: Stream, *parts: bytes) -> bool:
-        """Go on with an answer; whether all of it is out. If it isn't, `Handler.drained` says when."""
-        pending = stream.pending
-        if pending is None:
-            pending = stream.pending = deque()
-        pending.extend(memoryview(part) for part in parts if part)
-        return self._push(stream)
-
-    def send_trailers(self, stream: Stream, block: bytes) -> None:
-        """End an answer, once what is pending is out."""
-        if stream.pending:
-            stream.trailers = block
-            return
-        self._send(frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream.id, block))
-        self._end(stream)
 
     def reset(self, stream: Stream, code: ErrorCode) -> None:
         """Break a stream off; the handler isn't told."""
         if self.streams.get(stream.id) is stream:
             self._forget(stream)
             self._note_gone(stream.id)
-            self._send(frames.rst_stream(stream.id, code))
+            self.out.send(frames.rst_stream(stream.id, code))
 
     def ping(self) -> None:
         """Ask the peer for a sign of life."""
-        self._send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        self.out.send(frames.frame(frames.PING, 0, 0, bytes(8)))
 
     def say_goodbye(self, *, refuse: bool) -> None:
         """Ask the peer for no more streams; with `refuse`, ones that come after all aren't taken any more."""
         self._refusing = refuse
-        self._send(frames.goaway(self._last if refuse else frames.WINDOW_MOST, ErrorCode.NO_ERROR))
+        self.out.send(frames.goaway(self._last if refuse else frames.WINDOW_MOST, ErrorCode.NO_ERROR))
 
     def fail(self, code: ErrorCode, why: str) -> None:
         """End all of it."""
         if self.closed:
             return
-        self._send(frames.goaway(self._last, code, why.encode()[:200]))
+        self.out.send(frames.goaway(self._last, code, why.encode()[:200]))
         self.end()
 
     def end(self) -> None:
@@ -499,8 +387,8 @@ class Connection:
         self.closed = True
         streams = list(self.streams.values())
         self.streams.clear()
-        self._blocked.clear()
         for stream in streams:
+            self.out.forget(stream)
             self._handler.broken(stream)
 
     def calm_down(self) -> None:
@@ -508,38 +396,6 @@ class Connection:
         self._broken >>= 1
 
     # How.
-
-    def _send(self, data: bytes) -> None:
-        if not self._output:
-            self._wake()
-        self._output.append(data)
-
-    def _push(self, stream: Stream) -> bool:
-        """Send of what is pending what the windows take; whether that was all."""
-        pending = stream.pending
-        if pending and not self._output:
-            self._wake()
-        output, most = self._output, self._frame
-        while pending:
-            part = pending[0]
-            size = min(len(part), most, stream.window, self._window)
-            if size <= 0:
-                self._blocked[stream.id] = stream
-                return False
-            stream.window -= size
-            self._window -= size
-            output.append(frames.head(frames.DATA, 0, stream.id, size))
-            if size == len(part):
-                output.append(part)
-                pending.popleft()
-            else:
-                output.append(part[:size])
-                pending[0] = part[size:]
-        if self._blocked.pop(stream.id, None) is not None:
-            if stream.trailers is not None:
-                self.send_trailers(stream, stream.trailers)
-            self._handler.drained(stream)
-        return True
 
     def _end(self, stream: Stream) -> None:
         """It is answered; what the peer may still be sending isn't wanted."""
@@ -552,9 +408,7 @@ class Connection:
 
     def _forget(self, stream: Stream) -> None:
         del self.streams[stream.id]
-        if stream.pending:
-            stream.pending.clear()
-            self._blocked.pop(stream.id, None)
+        self.out.forget(stream)
 
     def _note_gone(self, stream_id: int) -> None:
         if len(self._gone) >= _GONE_MOST:
@@ -574,7 +428,7 @@ class Connection:
             self._break(known, code)
             return
         self._note_gone(stream_id)
-        self._send(frames.rst_stream(stream_id, code))
+        self.out.send(frames.rst_stream(stream_id, code))
         # One too many is no fault: its client may not have read how many there may be.
         if code != ErrorCode.REFUSED_STREAM:
             self._count_broken()

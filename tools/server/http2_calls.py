@@ -17,8 +17,9 @@ from struct import Struct
 from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
-from tools.http2.connection import Connection, Stream
+from tools.http2.connection import Connection
 from tools.http2.hpack import Header, encode
+from tools.http2.stream import Stream
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated.status_pb2 import Status
 from tools.server.calls import Answer, Endpoint
@@ -35,8 +36,9 @@ _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _ENTRY_BYTES = 32
 """What a header counts for beside its text (RFC 9113, section 6.5.2)."""
-_MESSAGE_TEXT_MOST = 2048
-"""Of a status: clients bound headers, too."""
+_STATUS_MOST = 4096
+"""Bytes of a status's message, and of its details: clients bound headers at 8 KiB, and a frame at 16."""
+_CUT_QUOTE = re.compile("%.?$")
 _SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 """What a status message needn't have quoted."""
 _UNIMPLEMENTED = 12
@@ -97,9 +99,9 @@ def _refuse(error: Exception) -> Head:
 def _trailers_of(status: Status) -> bytes:
     if not status.code:
         return _OK
-    text = quote(status.message[:_MESSAGE_TEXT_MOST], _SAFE).encode()
-    trailers = [(b"grpc-status", b"%d" % status.code), (b"grpc-message", text)]
-    if status.details:
+    text = _CUT_QUOTE.sub("", quote(status.message, _SAFE)[:_STATUS_MOST])
+    trailers = [(b"grpc-status", b"%d" % status.code), (b"grpc-message", text.encode())]
+    if status.details and status.ByteSize() <= _STATUS_MOST:
         trailers.append((b"grpc-status-details-bin", b64encode(status.SerializeToString()).rstrip(b"=")))
     return encode(trailers)
 
@@ -157,11 +159,11 @@ class _Call(Stream):
 
     async def write(self, message: bytes) -> None:
         """Returns when the windows have taken all of it, and the socket wants more."""
-        connection = self._owner.connection
+        out = self._owner.connection.out
         if not self.answering:
             self.answering = True
-            connection.send_headers(self, _HEADERS)
-        connection.send_data(self, _PREFIX.pack(0, len(message)), message)
+            out.send_headers(self, _HEADERS)
+        out.send_data(self, _PREFIX.pack(0, len(message)), message)
         # Not soon but now, so that it is known whether the socket takes more: a blob that is in memory is read to its
         # end without a pause.
         self._owner.send()
@@ -324,7 +326,7 @@ class ConnectionCalls:
         """Answer it, or wait for its message."""
         endpoint = call.head.endpoint
         if endpoint is None:
-            self.connection.send_trailers(call, call.head.refusal)
+            self.connection.out.send_trailers(call, call.head.refusal)
         elif endpoint.method.streams_in:
             call.add(b"", ended)
             self._start(call, endpoint, call.messages())
@@ -406,10 +408,10 @@ class ConnectionCalls:
         if answer is None:
             self._end(call, _OK)
         elif call.answering:
-            connection.send_data(call, _PREFIX.pack(0, len(answer)), answer)
-            connection.send_trailers(call, _OK)
+            connection.out.send_data(call, _PREFIX.pack(0, len(answer)), answer)
+            connection.out.send_trailers(call, _OK)
         else:
-            connection.answer(call, _HEADERS, _PREFIX.pack(0, len(answer)) + answer, _OK)
+            connection.out.answer(call, _HEADERS, _PREFIX.pack(0, len(answer)) + answer, _OK)
 
     def _fail(self, call: _Call, error: Exception) -> None:
         self._end(call, _trailers_of(as_status(error)))
@@ -417,4 +419,4 @@ class ConnectionCalls:
     def _end(self, call: _Call, trailers: bytes) -> None:
         call.heard = 0.0
         if self.connection.streams.get(call.id) is call and call.trailers is None:
-            self.connection.send_trailers(call, trailers if call.answering else _HEADERS + trailers)
+            self.connection.out.send_trailers(call, trailers if call.answering else _HEADERS + trailers)

@@ -211,7 +211,7 @@ class _Connection(asyncio.Protocol):
 
     def _send(self) -> None:
         self._scheduled = False
-        output = self._connection.take_output()
+        output = self._connection.out.take()
         if output and not self._transport.is_closing():
             if len(output) == 1:
                 self._transport.write(output[0])

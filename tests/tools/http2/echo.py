@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.http2.connection import Connection, Stream
+from tools.http2.connection import Connection
 from tools.http2.hpack import Header, encode
+from tools.http2.stream import Stream
 
 HEADERS = encode([(b":status", b"200"), (b"content-type", b"text/plain")])
 TRAILERS = encode([(b"x-over", b"yes")])
@@ -25,8 +26,8 @@ class Echo:
     """A connection's end with this handler. `woken` counts how often it had something to send again."""
 
     def __init__(self, streams_most: int = 100, header_bytes: int = 16 << 10, *, allows: bool = True) -> None:
-        self.connection = Connection(self, streams_most, header_bytes, self._wake)
         self.woken = 0
+        self.connection = Connection(self, streams_most, header_bytes, self._wake)
         self.interpreted = 0
         self.broken_ones: list[int] = []
         self.drained_ones: list[int] = []
@@ -37,7 +38,7 @@ class Echo:
 
     def output(self) -> bytes:
         """What it wants to send now."""
-        return b"".join(self.connection.take_output())
+        return b"".join(self.connection.out.take())
 
     # As its handler.
 
@@ -67,4 +68,4 @@ class Echo:
 
     def answer(self, request: Request) -> None:
         """With its own body."""
-        self.connection.answer(request, HEADERS, bytes(request.body), TRAILERS)
+        self.connection.out.answer(request, HEADERS, bytes(request.body), TRAILERS)

@@ -15,9 +15,9 @@ from hypothesis import strategies as some
 
 from tests.tools.http2.echo import HEADERS, TRAILERS, Echo
 from tools.http2 import frames
-from tools.http2.connection import STREAM_WINDOW
 from tools.http2.frames import ErrorCode
 from tools.http2.hpack import encode
+from tools.http2.stream import STREAM_WINDOW
 
 REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/echo"), (":authority", "here")]
 BLOCK = encode([(name.encode(), value.encode()) for name, value in REQUEST])
@@ -209,7 +209,7 @@ def test_a_reset_of_the_client_breaks_off_only_its_stream() -> None:
 def test_what_still_comes_of_a_stream_that_was_ended_here_is_passed_over() -> None:
     echo = raw(frames.frame(frames.HEADERS, END_HEADERS, 1, BLOCK))
     stream = echo.connection.streams[1]
-    echo.connection.send_trailers(stream, TRAILERS)
+    echo.connection.out.send_trailers(stream, TRAILERS)
     assert codes(echo) == ([(1, ErrorCode.NO_ERROR)], None)
     echo.connection.receive(
         frames.frame(frames.DATA, 0, 1, bytes(100))
