@@ -64,7 +64,7 @@ def test_every_claim_holds_and_nothing_is_left(scratch: Path, requires: Requirem
     requires.fuse()
     requires.programs("g++")
     code, out, err = run(scratch)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), out
     assert len(re.findall(r"^  ok   ", out, re.MULTILINE)) == 8
     assert "NOT" not in out
     ingested = re.search(r"^ingested +([\d,]+) files", out, re.MULTILINE)

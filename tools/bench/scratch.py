@@ -293,7 +293,7 @@ def drop_caches() -> bool:
     return True
 
 
-def wait_ended(pid: int, seconds: float = 5.0) -> bool:
+def wait_ended(pid: int, seconds: float = 30.0) -> bool:
     """Whether a process ends within so long. One that nobody has waited for yet has ended."""
     try:
         process = os.pidfd_open(pid)
