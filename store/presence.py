@@ -145,15 +145,17 @@ class Presence:
         Nothing is looked up.
         """
         spelled = self._spelled
-        left = set(spellings)
+        unknown = spellings
         if function in spelled:
-            unknown = left - spelled[function]
+            known = spelled[function]
+            # Most often none, or a handful of thousands.
+            unknown = [spelling for spelling in spellings if spelling not in known]
             with self._index.view() as view:
                 self._keep_up(view)
-            # Else something was removed, or time has passed.
-            left = unknown if self._spelled is spelled else left
-        # Most often none, or a handful of thousands.
-        return [spelling for spelling in dict.fromkeys(spellings) if spelling in left] if left else []
+            if self._spelled is not spelled:
+                # Something was removed, or time has passed.
+                unknown = spellings
+        return list(dict.fromkeys(unknown))
 
     def learn(self, names: Sequence[Name], spellings: Sequence[bytes]) -> None:
         """Remember other spellings of blobs, those that were lately found here; all of one function."""

@@ -46,11 +46,11 @@ def read_find_missing(raw: bytes) -> Asked | None:
         except UnicodeDecodeError:
             return None
     # Not the end of a digest: that is one of 64 characters or a number, whose bytes but the last are above 127.
-    if raw[-2:-1] == b"\x18" and raw[-1] < 0x80:
+    if end - start >= 2 and raw[-2] == 0x18 and raw[-1] < 0x80:
         function, end = raw[-1], end - 2
     digests = _DIGEST.findall(raw, start, end)
     # They lie side by side, and nothing else does.
-    return Asked(instance, function, digests) if sum(map(len, digests)) == end - start else None
+    return Asked(instance, function, digests) if len(b"".join(digests)) == end - start else None
 
 
 def write_varint(value: int) -> bytes:

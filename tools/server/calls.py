@@ -91,7 +91,9 @@ class Calls:
             self._quick(methods.GET_ACTION_RESULT, lambda request, may_wait: actions.get(request, may_wait=may_wait)),
             self._slow(methods.UPDATE_ACTION_RESULT, actions.update),
             self._quick(
-                methods.FIND_MISSING_BLOBS, lambda raw, may_wait: cas.find_missing(raw, may_wait=may_wait), read=bytes
+                methods.FIND_MISSING_BLOBS,
+                lambda question, may_wait: cas.find_missing(question, may_wait=may_wait),
+                read=cas.read_question,
             ),
             self._quick(methods.BATCH_READ_BLOBS, lambda request, may_wait: cas.batch_read(request, may_wait=may_wait)),
             self._slow(methods.BATCH_UPDATE_BLOBS, cas.batch_update),

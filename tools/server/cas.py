@@ -7,12 +7,13 @@ WouldWait then; the others write or read disks and are for a thread.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from store.digest import Digest, DigestFunction
 from store.errors import MissingBlob, StoreError
-from store.presence import Finder, Presence, WouldWait
+from store.presence import Finder, Name, Presence, WouldWait
 from store.uploads import Uploads
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.wire import read_find_missing, write_batch_read
@@ -30,6 +31,13 @@ _DIRECTORY_BYTES_MOST = 64 << 20
 """Of one Directory message: it is read into memory."""
 
 
+class Question(NamedTuple):
+    """Blobs to be looked for. `spellings`: of each, as the request has it, or none."""
+
+    names: list[Name]
+    spellings: list[bytes]
+
+
 class ContentAddressableStorage:
     """Answers for one store."""
 
@@ -43,8 +51,8 @@ class ContentAddressableStorage:
         self._downloads = downloads
         self._uploads = uploads
 
-    def find_missing(self, raw: bytes, *, may_wait: bool = True) -> bytes:
-        """Those that are not here, each once; the others count as used now. Of serialized messages.
+    def read_question(self, raw: bytes) -> Question:
+        """What a serialized FindMissingBlobsRequest asks, as far as it is new. Never waits.
 
         What was lately found here isn't even parsed: an action's inputs are
         asked for with each action that has them, and few of them are new.
@@ -60,7 +68,11 @@ class ContentAddressableStorage:
             function = get_function(asked.function, ())
             spellings = self._presence.unknown(function, asked.digests)
             request = reapi.FindMissingBlobsRequest.FromString(b"".join(spellings))
-        names = read_names(request.blob_digests, function)
+        return Question(read_names(request.blob_digests, function), spellings)
+
+    def find_missing(self, question: Question, *, may_wait: bool = True) -> bytes:
+        """Those that are not here, each once, as a serialized message; the others count as used now."""
+        names, spellings = question
         absent = self._finder.find_absent(names, may_wait=may_wait) if names else []
         if spellings:
             self._presence.learn(names, spellings)

@@ -148,6 +148,11 @@ def add(services: Services, *blobs: bytes) -> list[Digest]:
     return digests
 
 
+def find_missing(services: Services, raw: bytes, *, may_wait: bool = True) -> bytes:
+    """FindMissingBlobs of a serialized request."""
+    return services.cas.find_missing(services.cas.read_question(raw), may_wait=may_wait)
+
+
 def test_what_is_asked_most_takes_one_view_and_never_waits(
     store: Store, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +169,7 @@ def test_what_is_asked_most_takes_one_view_and_never_waits(
     views = count_views(store, monkeypatch)
     assert services.actions.get(get, may_wait=False) == result.SerializeToString()
     assert len(views) == 1
-    assert services.cas.find_missing(find.SerializeToString(), may_wait=False) == b""
+    assert find_missing(services, find.SerializeToString(), may_wait=False) == b""
     assert len(views) == 2
     answer = reapi.BatchReadBlobsResponse.FromString(services.cas.batch_read(batch, may_wait=False))
     assert [item.data for item in answer.responses] == [b"%d" % number for number in range(100)]
@@ -189,13 +194,13 @@ def test_what_was_lately_found_is_known_by_its_spelling_until_something_is_remov
 
     monkeypatch.setattr(store.presence, "find_absent", counted)
     views = count_views(store, monkeypatch)
-    assert services.cas.find_missing(raw) == b""
+    assert find_missing(services, raw) == b""
     assert (len(asked), len(views)) == (1, 1)
     # Neither parsed nor looked up, by any instance; but another function's digests are others.
-    assert services.cas.find_missing(raw, may_wait=False) == b""
-    assert services.cas.find_missing(b"\x0a\x04main" + raw + b"\x18\x01", may_wait=False) == b""
+    assert find_missing(services, raw, may_wait=False) == b""
+    assert find_missing(services, b"\x0a\x04main" + raw + b"\x18\x01", may_wait=False) == b""
     assert (len(asked), len(views)) == (1, 3)
-    missing = reapi.FindMissingBlobsResponse.FromString(services.cas.find_missing(raw + b"\x18\x09"))
+    missing = reapi.FindMissingBlobsResponse.FromString(find_missing(services, raw + b"\x18\x09"))
     assert len(missing.missing_blob_digests) == len(blobs)
 
     # Of a question about a new one too, only that is looked up; one that isn't here is asked for each time.
@@ -204,12 +209,16 @@ def test_what_was_lately_found_is_known_by_its_spelling_until_something_is_remov
     both = reapi.FindMissingBlobsRequest(blob_digests=map(write_digest, [absent, new, *blobs, absent]))
     for names in ([absent, new], [absent]):
         asked.clear()
-        missing = reapi.FindMissingBlobsResponse.FromString(services.cas.find_missing(both.SerializeToString()))
+        missing = reapi.FindMissingBlobsResponse.FromString(find_missing(services, both.SerializeToString()))
         assert [read_digest(digest, SHA256) for digest in missing.missing_blob_digests] == [absent]
         assert asked == [list(map(as_name, names))]
 
+    # One that can't be answered at once isn't parsed again to be answered later.
+    question = services.cas.read_question(both.SerializeToString())
+    assert [len(names) for names in question] == [1, 1]
+
     store.blobs.quarantine(blobs[3])
-    missing = reapi.FindMissingBlobsResponse.FromString(services.cas.find_missing(raw))
+    missing = reapi.FindMissingBlobsResponse.FromString(find_missing(services, raw))
     assert [read_digest(digest, SHA256) for digest in missing.missing_blob_digests] == [blobs[3]]
 
 
