@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import Message
@@ -32,6 +32,8 @@ from tools.server.waiting import FETCH_THREADS, Waiting
 
 _PATIENCE = 0.5
 """Of a silent client's time: so long an upload waits for its turn. Clients give up after a minute themselves."""
+_QUICK_SECONDS = 0.1
+"""An action that takes no longer is quick. Its other states cost a client, Bazel, a millisecond of CPU."""
 _SMALL_BYTES = 64 << 10
 _LAST_MOST = _SMALL_BYTES | 15
 """Bytes of a message that is sent with the status, and so not patiently: more would be held for a client that hangs."""
@@ -164,7 +166,10 @@ class Calls:
         return Endpoint(method, handle)
 
     def _watched(self, method: Method, call: Callable[[Any, bool], Execution]) -> Endpoint:
-        """An execution's states as they come; nobody waits in a thread for the next one."""
+        """An execution's states as they come; nobody waits in a thread for the next one.
+
+        The first waits a little for the end: of a quick action only that is sent.
+        """
 
         async def handle(raw: bytes, context: Call) -> None:
             self._check(method, context)
@@ -175,8 +180,17 @@ class Calls:
                 execution = await self._fetching.in_thread(call, request, True)
             changed = asyncio.Event()
             loop = asyncio.get_running_loop()
-            with execution.watch(lambda: loop.call_soon_threadsafe(changed.set)) as watch:
-                done = False
+            patient = True
+
+            def wake() -> None:
+                if execution.done or not patient:
+                    loop.call_soon_threadsafe(changed.set)
+
+            with execution.watch(wake) as watch:
+                if not execution.done:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(changed.wait(), _QUICK_SECONDS)
+                patient = done = False
                 while not done:
                     changed.clear()
                     while (state := watch.next()) is not None:
