@@ -41,7 +41,6 @@ _STATUS_MOST = 4096
 _CUT_QUOTE = re.compile("%.?$")
 _SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 """What a status message needn't have quoted."""
-_UNIMPLEMENTED = 12
 
 
 class Head(NamedTuple):
@@ -120,6 +119,7 @@ class _Call(Stream):
         "_ended",
         "_owner",
         "_parts",
+        "_start",
         "_waiter",
         "answering",
         "deadline",
@@ -137,7 +137,8 @@ class _Call(Stream):
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None
         self._parts: list[bytes] = []
-        """Of the message that is coming."""
+        """Of what has come; the message that is next begins at `_start` of the first."""
+        self._start = 0
         self.size = 0
         """Bytes of them."""
         self._advanced = 0
@@ -215,10 +216,9 @@ class _Call(Stream):
         """The bytes of the next message with its prefix, if all of it is there, or 0. Raises Exhausted."""
         if self.size < _PREFIX_BYTES:
             return 0
-        parts = self._parts
-        if len(parts[0]) < _PREFIX_BYTES:
-            parts[:] = [b"".join(parts)]
-        _, length = _PREFIX.unpack_from(parts[0])
+        if len(self._parts[0]) - self._start < _PREFIX_BYTES:
+            self._join()
+        _, length = _PREFIX.unpack_from(self._parts[0], self._start)
         most = self._owner.routes.limits.message_bytes
         if length > most:
             raise Exhausted(f"a message of {length} bytes: at most {most} may be")
@@ -238,17 +238,27 @@ class _Call(Stream):
         whole = self.look()
         if not whole:
             return None
-        parts = self._parts
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        rest = data[whole:]
-        parts[:] = [rest] if rest else []
+        start, end = self._start, self._start + whole
+        if len(self._parts[0]) < end:
+            self._join()
+            start, end = 0, whole
+        data = self._parts[0]
+        # Behind what was taken, not cut off: many small messages in one part would be copied as often.
+        self._start = end
+        if end == len(data):
+            del self._parts[0]
+            self._start = 0
         self.size -= whole
         # What was taken may come again: a client sends on while this message is worked on.
         if self.receiving:
             self._owner.connection.allow(self, whole - self._advanced)
             self._advanced = 0
-        message = data[_PREFIX_BYTES:whole]
-        return self._expand(message) if data[0] else message
+        message = data[start + _PREFIX_BYTES : end]
+        return self._expand(message) if data[start] else message
+
+    def _join(self) -> None:
+        self._parts[:] = [b"".join(self._parts)[self._start :]]
+        self._start = 0
 
     def take_only(self, ended: bool) -> bytes | None:
         """The only message, once that is sure. Raises InvalidArgument where there is another, or none."""

@@ -10,7 +10,8 @@ from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from itertools import cycle
+from typing import Any, cast
 
 import h2.config
 import h2.connection
@@ -18,6 +19,8 @@ import h2.events
 import h2.exceptions
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
+from hypothesis import given
+from hypothesis import strategies as some
 
 from store.digest import DigestFunction
 from tools.http2 import frames
@@ -27,6 +30,7 @@ from tools.reapi.methods import Method
 from tools.server.address import Address
 from tools.server.calls import Endpoint
 from tools.server.errors import FailedPrecondition, NotThere
+from tools.server.http2_calls import ConnectionCalls, Head, Routes
 from tools.server.http2_server import Http2Server
 from tools.server.limits import GrpcLimits
 
@@ -290,6 +294,24 @@ def test_messages_that_come_in_crumbs_are_summed() -> None:
         assert headers["grpc-status"] == "3"
 
     run(test)
+
+
+@given(some.lists(some.binary(max_size=12), max_size=40), some.lists(some.integers(1, 40), min_size=1))
+def test_messages_are_taken_as_they_were_put_however_they_are_cut(messages: list[bytes], cuts: list[int]) -> None:
+    async def main() -> None:
+        owner = ConnectionCalls(Routes([], LIMITS), "", lambda: None, lambda: None)
+        call = cast("Any", owner.make(1, Head(None), 0, -1))
+        data, taken, lengths = b"".join(map(prefixed, messages)), [], cycle(cuts)
+        while data:
+            size = next(lengths)
+            call.add(data[:size], False)
+            data = data[size:]
+            while (message := call.take()) is not None:
+                taken.append(message)
+        assert taken == messages
+        assert not call.size
+
+    asyncio.run(main())
 
 
 def test_a_message_that_is_too_large_is_refused_by_its_prefix() -> None:
