@@ -1,114 +1,29 @@
 """gRPC on HTTP/2: endpoints answering the streams of a connection, whose bytes somebody else moves.
 
-The wire is that of gRPC's "PROTOCOL-HTTP2": requests are POSTs to
-``/SERVICE/METHOD``, messages have five bytes before them, and a status comes in
-the trailers. What an endpoint answers at once costs no task and goes out with
-its status in one piece.
+Messages have five bytes before them. What an endpoint answers at once costs no
+task and goes out with its status in one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import zlib
-from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from struct import Struct
-from typing import Any, NamedTuple, cast
-from urllib.parse import quote
+from typing import Any, cast
 
 from tools.http2.connection import Connection
-from tools.http2.hpack import Header, encode
+from tools.http2.hpack import Header
 from tools.http2.stream import Stream
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated.status_pb2 import Status
 from tools.server.calls import Answer, Endpoint
-from tools.server.errors import Exhausted, InvalidArgument, TooSlow, Unimplemented
-from tools.server.limits import GrpcLimits
+from tools.server.errors import Exhausted, InvalidArgument, TooSlow
+from tools.server.http2_heads import HEADERS, OK, Head, Routes, read_timeout, trailers_of
 from tools.server.status import as_status
 
 _PREFIX = Struct(">BI")
 _PREFIX_BYTES = 5
-_CONTENT_TYPE = b"application/grpc"
-_HEADERS = encode([(b":status", b"200"), (b"content-type", _CONTENT_TYPE), (b"grpc-accept-encoding", b"identity,gzip")])
-_OK = encode([(b"grpc-status", b"0")])
-_TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
-_UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
-_ENTRY_BYTES = 32
-"""What a header counts for beside its text (RFC 9113, section 6.5.2)."""
-_STATUS_MOST = 4096
-"""Bytes of a status's message, and of its details: clients bound headers at 8 KiB, and a frame at 16."""
-_CUT_QUOTE = re.compile("%.?$")
-_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-"""What a status message needn't have quoted."""
-
-
-class Head(NamedTuple):
-    """What a request's headers say; those with a `refusal` get that block for an answer."""
-
-    endpoint: Endpoint | None
-    authorization: str | None = None
-    timeout: bytes = b""
-    compressed: bool = False
-    """Messages may be: gzip."""
-    refusal: bytes = b""
-
-
-class Routes:
-    """The endpoints by their paths, and what else a request is refused for."""
-
-    def __init__(self, endpoints: Iterable[Endpoint], limits: GrpcLimits) -> None:
-        self.limits = limits
-        self._endpoints = {endpoint.method.path.encode(): endpoint for endpoint in endpoints}
-
-    def interpret(self, headers: list[Header]) -> Head:
-        """Of headers that an HTTP/2 request may have."""
-        size = sum(len(name) + len(value) + _ENTRY_BYTES for name, value in headers)
-        if size > self.limits.header_bytes:
-            return _refuse(Exhausted(f"headers of {size} bytes: at most {self.limits.header_bytes} may be"))
-        found = dict(headers)
-        if found[b":method"] != b"POST":
-            return Head(None, refusal=encode([(b":status", b"405"), (b"allow", b"POST")]))
-        kind = found.get(b"content-type", b"")
-        if kind != _CONTENT_TYPE and not kind.startswith((_CONTENT_TYPE + b"+", _CONTENT_TYPE + b";")):
-            return Head(None, refusal=encode([(b":status", b"415")]))
-        endpoint = self._endpoints.get(found[b":path"])
-        if endpoint is None:
-            return _refuse(Unimplemented(f"there is no method {found[b':path'].decode('ascii', 'replace')[:200]} here"))
-        encoding = found.get(b"grpc-encoding", b"identity")
-        if encoding not in (b"identity", b"gzip"):
-            return _refuse(
-                Unimplemented(
-                    f"messages in {encoding.decode('ascii', 'replace')[:40]}: identity and gzip are known here"
-                )
-            )
-        authorization = found.get(b"authorization")
-        return Head(
-            endpoint,
-            None if authorization is None else authorization.decode("utf-8", "surrogateescape"),
-            found.get(b"grpc-timeout", b""),
-            encoding == b"gzip",
-        )
-
-
-def _refuse(error: Exception) -> Head:
-    return Head(None, refusal=_HEADERS + _trailers_of(as_status(error)))
-
-
-def _trailers_of(status: Status) -> bytes:
-    if not status.code:
-        return _OK
-    text = _CUT_QUOTE.sub("", quote(status.message, _SAFE)[:_STATUS_MOST])
-    trailers = [(b"grpc-status", b"%d" % status.code), (b"grpc-message", text.encode())]
-    if status.details and status.ByteSize() <= _STATUS_MOST:
-        trailers.append((b"grpc-status-details-bin", b64encode(status.SerializeToString()).rstrip(b"=")))
-    return encode(trailers)
-
-
-def _read_timeout(text: bytes) -> float | None:
-    """Seconds, or None where nobody says how long it may take."""
-    match = _TIMEOUT.fullmatch(text)
-    return int(match[1]) * _UNITS[match[2]] if match else None
 
 
 class _Call(Stream):
@@ -163,7 +78,7 @@ class _Call(Stream):
         out = self._owner.connection.out
         if not self.answering:
             self.answering = True
-            out.send_headers(self, _HEADERS)
+            out.send_headers(self, HEADERS)
         out.send_data(self, _PREFIX.pack(0, len(message)), message)
         # Not soon but now, so that it is known whether the socket takes more: a blob that is in memory is read to its
         # end without a pause.
@@ -390,7 +305,7 @@ class ConnectionCalls:
         call.task = task = self.loop.create_task(self._finish(call, answer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        seconds = _read_timeout(call.head.timeout)
+        seconds = read_timeout(call.head.timeout)
         if seconds is not None:
             call.deadline = self.loop.call_later(seconds, self._expire, call)
 
@@ -409,24 +324,24 @@ class ConnectionCalls:
         """The time is over that the client gave it."""
         if call.task is not None:
             call.task.cancel()
-        self._end(call, _trailers_of(Status(code=codes.DEADLINE_EXCEEDED, message="the call's own deadline")))
+        self._end(call, trailers_of(Status(code=codes.DEADLINE_EXCEEDED, message="the call's own deadline")))
 
     def _answer(self, call: _Call, answer: Answer) -> None:
         connection = self.connection
         if connection.streams.get(call.id) is not call:
             return
         if answer is None:
-            self._end(call, _OK)
+            self._end(call, OK)
         elif call.answering:
             connection.out.send_data(call, _PREFIX.pack(0, len(answer)), answer)
-            connection.out.send_trailers(call, _OK)
+            connection.out.send_trailers(call, OK)
         else:
-            connection.out.answer(call, _HEADERS, _PREFIX.pack(0, len(answer)) + answer, _OK)
+            connection.out.answer(call, HEADERS, _PREFIX.pack(0, len(answer)) + answer, OK)
 
     def _fail(self, call: _Call, error: Exception) -> None:
-        self._end(call, _trailers_of(as_status(error)))
+        self._end(call, trailers_of(as_status(error)))
 
     def _end(self, call: _Call, trailers: bytes) -> None:
         call.heard = 0.0
         if self.connection.streams.get(call.id) is call and call.trailers is None:
-            self.connection.out.send_trailers(call, trailers if call.answering else _HEADERS + trailers)
+            self.connection.out.send_trailers(call, trailers if call.answering else HEADERS + trailers)

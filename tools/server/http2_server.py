@@ -11,7 +11,8 @@ from store.errors import StoreUnusable
 from tools.http2.frames import ErrorCode
 from tools.server.address import Address, listen
 from tools.server.calls import Endpoint
-from tools.server.http2_calls import ConnectionCalls, Routes
+from tools.server.http2_calls import ConnectionCalls
+from tools.server.http2_heads import Routes
 from tools.server.limits import GrpcLimits
 from tools.server.tls import Certificates
 

@@ -30,7 +30,8 @@ from tools.reapi.methods import Method
 from tools.server.address import Address
 from tools.server.calls import Endpoint
 from tools.server.errors import FailedPrecondition, NotThere
-from tools.server.http2_calls import ConnectionCalls, Head, Routes
+from tools.server.http2_calls import ConnectionCalls
+from tools.server.http2_heads import Head, Routes
 from tools.server.http2_server import Http2Server
 from tools.server.limits import GrpcLimits
 
