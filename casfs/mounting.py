@@ -28,7 +28,7 @@ from casfs.errors import BadChange, MissingCapability
 from casfs.fusemount import attach
 from casfs.mountpoint import check_mountpoint, find_own, unmounting_on_failure, unmounting_on_signals, wait_unmounted
 from casfs.overlay import Upper
-from casfs.session import make_session
+from casfs.session_making import make_session
 from casfs.steering import Steerable, Steering, not_collecting
 from casfs.syscalls import has_admin_capability
 from casfs.tree import ProjectedTree

@@ -15,7 +15,7 @@ from casfs.contents import Contents, PlainGateway, ReadOnlyGateway
 from casfs.errors import CasfsError
 from casfs.fusemount import attach, detach
 from casfs.scratch import Scratch, opened, unusable
-from casfs.session import make_session
+from casfs.session_making import make_session
 from casfs.syscalls import MNT_DETACH, MS_NODEV, MS_NOSUID, mount, umount
 from casfs.tree import ProjectedTree
 from store.digest import Digest

@@ -29,11 +29,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from casfs import wire
 from casfs.backing import BackingRegistry
-from casfs.contents import Contents, explain
+from casfs.contents import explain
 from casfs.errors import BadRequest, CasfsError, MissingCapability, errno_of
 from casfs.polling import DeviceReader
 from casfs.steered_tree import SteeredTree
@@ -42,9 +42,6 @@ from casfs.tree import Node, NodeId, NoSuchNode, NotADirectory, NotYet, Tree, co
 from casfs.wire import InitFlag, Opcode, OpenFlag
 from store.entries import FileEntry, ReferenceEntry, SymlinkEntry
 from store.errors import StoreError
-
-if TYPE_CHECKING:
-    from casfs.tracing import Tracer
 
 log = logging.getLogger("casfs")
 
@@ -484,16 +481,3 @@ _MODIFYING = (
 
 def _passed_through(unique: int, backing_id: BackingId) -> bytes:
     return wire.encode_open(unique, backing_id, _PASSED_THROUGH, backing_id)
-
-
-def make_session(
-    device: int, tree: Tree, contents: Contents, passthrough: bool, tracer: Tracer | None, *, poll: bool = True
-) -> Session:
-    """A session that fetches what is missing; with a `tracer`, one that tells it of each upcall."""
-    if tracer is None:
-        return Session(device, tree, contents, passthrough=passthrough, poll=poll, fetch=contents.fetch)
-    from casfs.session_traced import TracedSession
-
-    return TracedSession(
-        device, tree, contents, passthrough=passthrough, poll=poll, fetch=contents.fetch, tracer=tracer
-    )

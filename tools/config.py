@@ -104,8 +104,9 @@ class Settings:
     @property
     def sources(self) -> SourceOptions:
         """Where missing blobs may come from. Raises BadInput."""
-        upstream = self.upstream
-        return self.local_sources if upstream is None else upstream.as_source(self.local_sources)
+        from tools.upstream.joining import with_upstream
+
+        return with_upstream(self.local_sources, self.upstream)
 
     @property
     def upstream(self) -> UpstreamOptions | None:

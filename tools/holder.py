@@ -6,13 +6,13 @@ import sys
 
 from casfs.holder import HolderOptions, main
 from store.repository import SourceOptions
+from tools.upstream.joining import with_upstream
 from tools.upstream.options import load_upstream
 
 
 def find_sources(options: HolderOptions) -> SourceOptions:
     """The directories, and the upstream if there is one."""
-    upstream = load_upstream(options.upstream)
-    return options.sources if upstream is None else upstream.as_source(options.sources)
+    return with_upstream(options.sources, load_upstream(options.upstream))
 
 
 if __name__ == "__main__":

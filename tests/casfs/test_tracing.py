@@ -16,7 +16,8 @@ from casfs import control, mounting, mountpoint, syscalls
 from casfs.changes import Change
 from casfs.contents import Contents, PlainGateway
 from casfs.errors import MissingCapability
-from casfs.session import Session, make_session
+from casfs.session import Session
+from casfs.session_making import make_session
 from casfs.trace_format import Kind, Trace, decode_trace
 from casfs.tree import ProjectedTree
 from store.digest import Digest

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 from casfs.contents import Contents, PlainGateway, ReadOnlyGateway
 from casfs.errors import CasfsError
 from casfs.fusemount import attach, detach
-from casfs.session import Session, make_session
+from casfs.session import Session
+from casfs.session_making import make_session
 from casfs.tree import ProjectedTree
 from store.digest import Digest
 from store.repository import Store

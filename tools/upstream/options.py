@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from store.errors import BadInput, BadName
-from store.repository import SourceOptions
-from store.sources import RemoteSource
 from tools.server.address import Address
 
 _URL = re.compile(r"(grpcs?)://(\[[0-9a-fA-F:.]+\]|[^:/\[\]\s@]+)(?::([0-9]{1,5}))?(?:/(.*))?")
@@ -93,16 +89,6 @@ class UpstreamOptions:
             return Path(file).read_bytes()
         except OSError as error:
             raise BadInput(f"can't read {file}: {error.strerror}") from error
-
-    def as_source(self, others: SourceOptions) -> SourceOptions:
-        """These sources, and then the upstream."""
-        return replace(others, remote=partial(self._make_sources, others.timeout))
-
-    def _make_sources(self, timeout: float) -> Sequence[RemoteSource]:
-        """Nothing is connected, and grpc not imported, before they are asked."""
-        from tools.upstream.sources import make_sources
-
-        return make_sources(self, timeout)
 
 
 def dump_upstream(upstream: UpstreamOptions | None) -> str:

@@ -36,6 +36,7 @@ from tests.tools.server.odd import Odd, serving
 from tools.exits import Exit
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.server.requests import write_digest
+from tools.upstream.joining import with_upstream
 from tools.upstream.options import UpstreamOptions, dump_upstream, load_upstream
 from tools.upstream.sources import Upstream, parts
 
@@ -283,10 +284,10 @@ def test_tokens_and_tls(casfs: Casfs, requires: Requirements) -> None:
         options.check()
         assert load_upstream(dump_upstream(options)) == options
         wanted = BLAKE3.of(b"behind locks")
-        with Store.open(casfs.directory / "one", sources=options.as_source(SourceOptions((), 5))) as store:
+        with Store.open(casfs.directory / "one", sources=with_upstream(SourceOptions((), 5), options)) as store:
             store.hydrator.fetch(wanted).result(10)
         without = UpstreamOptions(options.url, None, files["ca.crt"], files["client.crt"], files["client.key"])
-        with Store.open(casfs.directory / "two", sources=without.as_source(SourceOptions((), 5))) as store:
+        with Store.open(casfs.directory / "two", sources=with_upstream(SourceOptions((), 5), without)) as store:
             with pytest.raises(MissingBlob, match="UNAUTHENTICATED"):
                 store.hydrator.fetch(wanted).result(10)
 
