@@ -60,7 +60,8 @@ class Connection:
         self._partial: tuple[int, int, list[bytes]] | None = None
         """Of headers that aren't whole yet: stream, flags, the parts."""
         self._last = 0
-        self._refusing = False
+        self.refusing = False
+        """Streams that begin now come too late."""
         self._gone: dict[int, None] = {}
         """Streams that were ended here while the peer was sending: what comes of them is passed over."""
         self._broken = 0
@@ -93,13 +94,13 @@ class Connection:
                     return
                 self.begun = True
                 position = len(frames.PREFACE)
-            while position + 9 <= end:
+            while position + frames.HEAD_BYTES <= end:
                 length, flags, stream_id = frames.read_head(data, position)
                 kind = length & 0xFF
                 length >>= 8
                 if length > frames.FRAME_LEAST:
                     raise _ConnectionError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-                start = position + 9
+                start = position + frames.HEAD_BYTES
                 stop = start + length
                 if stop > end:
                     break
@@ -152,8 +153,7 @@ class Connection:
         self._handler.data(stream, data, ended)
 
     def _refuse_closed(self, stream_id: int) -> None:
-        if not stream_id or stream_id > self._last or not stream_id & 1:
-            raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream_id}, which is idle")
+        self._check_begun(stream_id)
         if stream_id in self._gone:
             return
         stream = self.streams.get(stream_id)
@@ -162,6 +162,10 @@ class Connection:
         else:
             self.out.send(frames.rst_stream(stream_id, ErrorCode.STREAM_CLOSED))
             self._count_broken()
+
+    def _check_begun(self, stream_id: int) -> None:
+        if not stream_id or stream_id > self._last or not stream_id & 1:
+            raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream_id}, which is idle")
 
     def _take_headers(self, stream_id: int, flags: int, payload: bytes) -> None:
         if flags & (frames.PADDED | frames.PRIORITIZED):
@@ -214,7 +218,7 @@ class Connection:
             known = self._handler.interpret(headers), expected
             if self._known_changes == self._decoder.changes and len(self._known) < _KNOWN_MOST:
                 self._known[block] = known
-        if len(self.streams) >= self._streams_most or self._refusing:
+        if len(self.streams) >= self._streams_most or self.refusing:
             self._refuse(stream_id, ErrorCode.REFUSED_STREAM)
             return
         head, expected = known
@@ -292,8 +296,7 @@ class Connection:
             return
         known = self.streams.get(stream_id)
         if known is None:
-            if stream_id > self._last or not stream_id & 1:
-                raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, f"a window of stream {stream_id}, which is idle")
+            self._check_begun(stream_id)
             return
         if not size:
             self._break(known, ErrorCode.PROTOCOL_ERROR)
@@ -305,8 +308,7 @@ class Connection:
             self.out.push(known)
 
     def _take_reset(self, stream_id: int, payload: bytes) -> None:
-        if not stream_id or stream_id > self._last or not stream_id & 1:
-            raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, f"a reset of stream {stream_id}, which is idle")
+        self._check_begun(stream_id)
         if len(payload) != 4:
             raise _ConnectionError(ErrorCode.FRAME_SIZE_ERROR, "a reset isn't 4 bytes")
         stream = self.streams.get(stream_id)
@@ -372,7 +374,7 @@ class Connection:
 
     def say_goodbye(self, *, refuse: bool) -> None:
         """Ask the peer for no more streams; with `refuse`, ones that come after all aren't taken any more."""
-        self._refusing = refuse
+        self.refusing = refuse
         self.out.send(frames.goaway(self._last if refuse else frames.WINDOW_MOST, ErrorCode.NO_ERROR))
 
     def fail(self, code: ErrorCode, why: str) -> None:

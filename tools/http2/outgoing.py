@@ -72,8 +72,8 @@ class Outgoing:
         """Begin an answer."""
         self.send(frames.frame(frames.HEADERS, frames.END_HEADERS, stream.id, block))
 
-    def send_data(self, stream: Stream, *parts: bytes) -> bool:
-        """Go on with an answer; whether all of it is out. If it isn't, `drained` is called when it is."""
+    def send_data(self, stream: Stream, *parts: bytes) -> None:
+        """Go on with an answer. What of it has to wait is `Stream.pending`; `drained` is called when it is out."""
         pending = stream.pending
         if pending is None:
             pending = stream.pending = deque()
@@ -81,7 +81,7 @@ class Outgoing:
             if part:
                 pending.append(memoryview(part))
                 stream.waiting += len(part)
-        return self.push(stream)
+        self.push(stream)
 
     def send_trailers(self, stream: Stream, block: bytes) -> None:
         """End an answer, once what is pending is out."""
@@ -91,8 +91,8 @@ class Outgoing:
         self.send(frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream.id, block))
         self._ended(stream)
 
-    def push(self, stream: Stream) -> bool:
-        """Send of what is pending what the windows take; whether that was all."""
+    def push(self, stream: Stream) -> None:
+        """Send of what is pending what the windows take."""
         pending = stream.pending
         if pending and not self._buffers:
             self._wake()
@@ -101,7 +101,7 @@ class Outgoing:
             size = min(stream.waiting, most, stream.window, self.window)
             if size <= 0:
                 self._blocked[stream.id] = stream
-                return False
+                return
             stream.window -= size
             self.window -= size
             stream.waiting -= size
@@ -117,7 +117,6 @@ class Outgoing:
             if stream.trailers is not None:
                 self.send_trailers(stream, stream.trailers)
             self._drained(stream)
-        return True
 
     def push_all(self) -> None:
         """The windows have grown. In turns: who is served goes to the end."""

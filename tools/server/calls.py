@@ -21,6 +21,7 @@ from store.presence import WouldWait
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.methods import Method
+from tools.reapi.wire import write_varint
 from tools.server.access import Access, right_for
 from tools.server.bytestream import WriteCall
 from tools.server.downloads import Reader
@@ -82,13 +83,12 @@ class Calls:
 
     def __init__(self, services: Services, access: Access, idle_seconds: float) -> None:
         """`idle_seconds`: how long a client may make no progress."""
-        self._access = access
         self._waiting = Waiting(idle_seconds)
         self._fetching = Waiting(idle_seconds, FETCH_THREADS)
         self._places = Places(services.desk.most_per_client, idle_seconds * _PATIENCE)
         self._stream = services.bytestream
         cas, actions, stream = services.cas, services.actions, services.bytestream
-        self.endpoints = [
+        endpoints = [
             self._quick(methods.GET_CAPABILITIES, lambda request, may_wait: services.capabilities.get(request)),
             self._quick(methods.GET_ACTION_RESULT, lambda request, may_wait: actions.get(request, may_wait=may_wait)),
             self._slow(methods.UPDATE_ACTION_RESULT, actions.update),
@@ -107,7 +107,8 @@ class Calls:
             self._slow(methods.QUERY_WRITE_STATUS, stream.query_write_status),
         ]
         if services.executions is not None:
-            self.endpoints += self._executing(services.executions)
+            endpoints += self._executing(services.executions)
+        self.endpoints = [_guarded(endpoint, access) for endpoint in endpoints]
 
     def _executing(self, executions: Executions) -> list[Endpoint]:
         return [
@@ -133,10 +134,8 @@ class Calls:
     ) -> Endpoint:
         """`read` makes of a message what the service takes: by default that message."""
         parse = read or method.request.FromString
-        check, right = self._access.check, right_for(method)
 
         def begin(raw: bytes, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
-            check(context.authorization, right)
             request = parse(raw)
             try:
                 return _serialize(call(request, False))
@@ -150,7 +149,6 @@ class Calls:
 
     def _slow(self, method: Method, call: Callable[[Any], Message | bytes]) -> Endpoint:
         async def handle(raw: bytes, context: Call) -> bytes:
-            self._check(method, context)
             request = method.request.FromString(raw)
             return _serialize(await self._waiting.in_thread(call, request))
 
@@ -158,7 +156,6 @@ class Calls:
 
     def _messages(self, method: Method, call: Callable[[Any], Iterator[Message]]) -> Endpoint:
         async def handle(raw: bytes, context: Call) -> None:
-            self._check(method, context)
             messages = await self._fetching.in_thread(call, method.request.FromString(raw))
             while (message := await self._fetching.in_thread(next, messages, None)) is not None:
                 await self._waiting.patiently(context.write(message.SerializeToString()))
@@ -172,7 +169,6 @@ class Calls:
         """
 
         async def handle(raw: bytes, context: Call) -> None:
-            self._check(method, context)
             request = method.request.FromString(raw)
             try:
                 execution = call(request, False)
@@ -203,7 +199,6 @@ class Calls:
 
     def _read(self, raw: bytes, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
         """A blob that is one small message at once; all messages but the last are written."""
-        self._check(methods.READ, context)
         request = bytestream.ReadRequest.FromString(raw)
         try:
             with closing(self._stream.open_read(request, may_wait=False)) as reader:
@@ -235,7 +230,6 @@ class Calls:
             return await self._waiting.in_thread(lambda: reader.read(head=_head_of_piece))
 
     async def _write(self, raws: AsyncIterator[bytes], context: Call) -> bytes:
-        self._check(methods.WRITE, context)
         client = context.client
         async with self._places.one(client):
             # Closed also when the client has vanished, which cancels this.
@@ -256,10 +250,16 @@ class Calls:
             if answer is not None:
                 return answer
 
-    # What they share.
 
-    def _check(self, method: Method, context: Call) -> None:
-        self._access.check(context.authorization, right_for(method))
+def _guarded(endpoint: Endpoint, access: Access) -> Endpoint:
+    """The same for those who have the right to it."""
+    inner, check, right = endpoint.begin, access.check, right_for(endpoint.method)
+
+    def begin(request: Any, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
+        check(context.authorization, right)
+        return inner(request, context)
+
+    return Endpoint(endpoint.method, begin)
 
 
 def _serialize(message: Message | bytes) -> bytes:
@@ -268,9 +268,4 @@ def _serialize(message: Message | bytes) -> bytes:
 
 def _head_of_piece(size: int) -> bytes:
     """What makes so many bytes a ReadResponse. Not by protobuf, which would copy them twice."""
-    head = bytearray(b"\x52")
-    while size > 127:
-        head.append(size & 127 | 128)
-        size >>= 7
-    head.append(size)
-    return bytes(head)
+    return b"\x52" + write_varint(size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Protocol
 
 from tools.reapi.methods import services_of
@@ -13,15 +12,6 @@ from tools.server.health import Health, Reflection
 from tools.server.limits import GrpcLimits
 from tools.server.services import Services
 from tools.server.tls import Certificates
-
-
-class Transport(Enum):
-    """What moves the messages."""
-
-    HTTP2 = "http2"
-    """Our own."""
-    GRPCIO = "grpcio"
-    """The C library's."""
 
 
 class _Server(Protocol):
@@ -39,9 +29,9 @@ class GrpcServer:
         access: Access,
         limits: GrpcLimits,
         wrap: Wrap = lambda endpoint: endpoint,
-        transport: Transport = Transport.HTTP2,
+        transport: str = "http2",
     ) -> None:
-        """`wrap` goes around each method of the services."""
+        """`wrap` goes around each method of the services. `transport`: our own, or that of "grpcio"."""
         self._calls = Calls(services, access, limits.idle_seconds)
         endpoints = list(map(wrap, self._calls.endpoints))
         self._health = Health(services_of(endpoint.method for endpoint in endpoints))
@@ -62,8 +52,8 @@ class GrpcServer:
         self._calls.close()
 
 
-def _make_server(transport: Transport, endpoints: list[Endpoint], limits: GrpcLimits) -> _Server:
-    if transport is Transport.GRPCIO:
+def _make_server(transport: str, endpoints: list[Endpoint], limits: GrpcLimits) -> _Server:
+    if transport == "grpcio":
         from tools.server.grpc_adapter import GrpcioServer
 
         return GrpcioServer(endpoints, limits)

@@ -88,11 +88,8 @@ class _Call(Stream):
         if self._owner.paused is not None:
             await self._owner.paused.wait()
 
-    def messages(self) -> AsyncIterator[bytes]:
-        """Those of the client, as they come."""
-        return self
-
     def __aiter__(self) -> AsyncIterator[bytes]:
+        """The client's messages, as they come."""
         return self
 
     async def __anext__(self) -> bytes:
@@ -254,7 +251,7 @@ class ConnectionCalls:
             self.connection.out.send_trailers(call, call.head.refusal)
         elif endpoint.method.streams_in:
             call.add(b"", ended)
-            self._start(call, endpoint, call.messages())
+            self._start(call, endpoint, call)
         elif ended:
             self._fail(call, InvalidArgument("there is no message in the request"))
         else:
@@ -269,8 +266,6 @@ class ConnectionCalls:
         if endpoint.method.streams_in:
             call.wake()
             return
-        if not call.heard:
-            return  # it is answered already
         try:
             message = call.take_only(ended)
         except Exception as error:  # noqa: BLE001 - told to the client

@@ -110,7 +110,6 @@ class _Connection(asyncio.Protocol):
         self._paused_since = 0.0
         self._pinged = 0.0
         self._scheduled = False
-        self._refusing = False
         self._pings_answered = 0
 
     # For the loop.
@@ -165,14 +164,13 @@ class _Connection(asyncio.Protocol):
 
     def say_goodbye(self, *, refuse: bool) -> None:
         """Ask for no more calls, and to be told when that was heard."""
-        self._refusing = refuse
         self._pings_answered = self._connection.pings_answered
         self._connection.say_goodbye(refuse=refuse)
         self._connection.ping()
 
     def close_if_idle(self) -> None:
         """When nothing is under way, and nothing can be on its way here."""
-        heard = self._refusing or self._connection.pings_answered > self._pings_answered
+        heard = self._connection.refusing or self._connection.pings_answered > self._pings_answered
         if heard and self._calls.idle:
             self._send()
             self._transport.close()

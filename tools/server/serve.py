@@ -71,7 +71,7 @@ class ServeOptions:
     message_bytes: int = 16 << 20
     streams: int = 1000
     transport: str = "http2"
-    """A `Transport`'s value."""
+    """What moves gRPC's messages: one of `tools.config.GRPC_TRANSPORTS`."""
     idle_seconds: float = 60.0
     drain_seconds: float = DRAIN_SECONDS
     http_address: Address | None = None
@@ -306,12 +306,12 @@ async def _serving_grpc(
     guards: Guards,
     counting: GrpcCounting | None = None,
 ) -> AsyncIterator[None]:
-    from tools.server.grpc_server import GrpcServer, Transport
+    from tools.server.grpc_server import GrpcServer
     from tools.server.limits import GrpcLimits
 
     limits = GrpcLimits(message_bytes=options.message_bytes, streams=options.streams, idle_seconds=options.idle_seconds)
     wrap: Wrap = (lambda endpoint: endpoint) if counting is None else counting.wrap
-    server = GrpcServer(services, guards, limits, wrap, Transport(options.transport))
+    server = GrpcServer(services, guards, limits, wrap, options.transport)
     try:
         await server.start(options.address, guards.certificates)
         yield
