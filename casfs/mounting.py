@@ -15,7 +15,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -177,7 +177,8 @@ def _start_kernel(request: Request, engine: str, foreground: bool, ready: Callab
                     ready(report)
                 ending.allow()
                 if foreground:
-                    wait_unmounted(request.place)
+                    with ending.insisted():
+                        wait_unmounted(request.place)
                 return report
     return _start_serving(lambda tell: _serve_missing(request, why, tell), foreground, ready)
 
@@ -201,7 +202,8 @@ def _serve_missing(request: Request, why: str, ready: Callable[[MountReport], No
                 with unmounting_on_failure(path):
                     ready(report)
                 ending.allow()
-                fetching.wait()
+                with ending.insisted():
+                    fetching.wait()
             finally:
                 control.close()
                 log.info("unmounted %s", path)
@@ -272,10 +274,12 @@ def _serve(request: Request, engine: str, why: str, ready: Callable[[MountReport
                         session.begin()
                         if upper is None:
                             show()
-                    if upper is None:
-                        session.run()
-                    else:
-                        _run_and(session, path, show)
+                    # The loop that pyfuse3 runs in sees signals, and has the place of what would insist on them.
+                    with nullcontext() if engine == "fuse" else by_signal.insisted():
+                        if upper is None:
+                            session.run()
+                        else:
+                            _run_and(session, path, show)
     return report
 
 

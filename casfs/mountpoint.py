@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,10 +20,13 @@ from casfs.control import call
 from casfs.errors import BadMountPoint, CasfsError, MountError
 from casfs.fusemount import detach
 from casfs.mountinfo import Mount, find_mount, resolve_mountpoint
+from casfs.signals import acting_on_signals
 from casfs.syscalls import has_admin_capability
 
 GRACE_SECONDS = 3.0
 """How long a daemon that was told to end goes on serving files that are still open."""
+_HEARD_SECONDS = 0.02
+"""After which a signal whose handler hasn't run is sent once more."""
 
 
 def check_mountpoint(mountpoint: Path) -> Path:
@@ -96,6 +100,7 @@ class Ending:
         self._allowed = False
         self._asked = False
         self._mounted = False
+        self._heard = False
 
     def allow(self) -> None:
         """From now on signals take the mount away; also one that came before."""
@@ -103,8 +108,23 @@ class Ending:
         if self._asked:
             self._end()
 
+    @contextmanager
+    def insisted(self) -> Iterator[None]:
+        """Inside, the main thread may block where nothing but a signal wakes it: one that came just before, too."""
+        waiting = threading.get_ident()
+
+        def insist(number: int) -> None:
+            time.sleep(_HEARD_SECONDS)
+            while not self._heard:
+                signal.pthread_kill(waiting, number)
+                time.sleep(_HEARD_SECONDS)
+
+        with acting_on_signals(insist):
+            yield
+
     def ask(self) -> bool:
         """A signal came. False where nothing was mounted yet."""
+        self._heard = True
         self._mounted = self._mounted or find_mount(str(self._path)) is not None
         if self._mounted:
             self._asked = True

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from casfs.daemon import logging_to
+from casfs.signals import acting_on_signals
 from store.errors import BadInput
 from store.repository import SourceOptions, Store
 from tools.cluster.buildbarn import Buildbarn
@@ -100,18 +101,19 @@ def _counting(options: ClusterOptions, store: Store) -> Iterator[_Counted | None
 
 @contextmanager
 def _signals(first: Callable[[], object], more: Callable[[], object]) -> Iterator[None]:
-    """Have the first signal that ends a process do one thing, and each further one another."""
+    """Have the first signal that ends a process do one thing, and each further one another; in a thread."""
     came = 0
 
-    def handle(*_: object) -> None:
+    def act(_: int) -> None:
         nonlocal came
         came += 1
         (first if came == 1 else more)()
 
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, handle) for number in numbers]
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
     try:
-        yield
+        with acting_on_signals(act):
+            yield
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

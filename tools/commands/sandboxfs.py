@@ -12,8 +12,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fcntl import fcntl
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from casfs.errors import BadStream, CasfsError
 from casfs.sandboxfs_protocol import VERSION, Create, Parser, Refused, Request, encode_answer
+from casfs.signals import waking_on_signals
 from store.errors import BadInput
 from tools.config import Settings
 from tools.exits import Exit
@@ -87,7 +87,7 @@ def _serve(sandboxfs: Sandboxfs) -> int:
     with suppress(OSError):
         # Bazel names 12,000 files in a megabyte, and a pipe usually takes 64 KiB.
         fcntl(0, _F_SETPIPE_SZ, _PIECE)
-    with _waking_on_signals() as woken:
+    with waking_on_signals() as woken:
         parser = Parser()
         try:
             while data := _read(woken):
@@ -100,24 +100,6 @@ def _serve(sandboxfs: Sandboxfs) -> int:
             raise
         _wait_for_end(woken)
     return Exit.OK
-
-
-@contextmanager
-def _waking_on_signals() -> Iterator[int]:
-    """A descriptor that a signal makes readable.
-
-    One that comes shortly before a call that blocks doesn't interrupt it, and Python acts on signals only between two
-    of its instructions: while a large request is thrown away, that is long before.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    try:
-        yield reading
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(reading)
-        os.close(writing)
 
 
 def _read(woken: int) -> bytes:

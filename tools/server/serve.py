@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casfs.daemon import logging_to
+from casfs.signals import acting_on_signals
 from store.errors import BadInput
 from store.layout import Layout
 from store.repository import SourceOptions, Store
@@ -154,16 +155,22 @@ def _supervise(options: ServeOptions, announce: Callable[[], None]) -> int:
     stopping = False
     children: set[int] = set()
 
-    def stop(*_: object) -> None:
+    def stop() -> None:
         nonlocal stopping
         stopping = True
         notify(STOPPING)
         send(signal.SIGTERM)
 
-    def send(number: int, *_: object) -> None:
-        for child in children:
+    def send(number: int) -> None:
+        for child in children.copy():
             with suppress(ProcessLookupError):
                 os.kill(child, number)
+
+    def act(number: int) -> None:
+        if number == signal.SIGHUP:
+            send(number)
+        else:
+            stop()
 
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -176,22 +183,23 @@ def _supervise(options: ServeOptions, announce: Callable[[], None]) -> int:
         children.add(child)
     os.close(writable)
     for number in signals:
-        signal.signal(number, send if number == signal.SIGHUP else stop)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    ready = 0
-    while ready < options.processes and (data := os.read(readable, 64)):
-        ready += len(data)
-    os.close(readable)
-    if ready == options.processes:
-        announce()
-    code = 0
-    while children:
-        child, status = os.wait()
-        children.discard(child)
-        code = max(code, os.waitstatus_to_exitcode(status) and 1)
-        if not stopping:
-            code = 1
-            stop()
+        signal.signal(number, lambda *_: None)
+    with acting_on_signals(act):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        ready = 0
+        while ready < options.processes and (data := os.read(readable, 64)):
+            ready += len(data)
+        os.close(readable)
+        if ready == options.processes:
+            announce()
+        code = 0
+        while children:
+            child, status = os.wait()
+            children.discard(child)
+            code = max(code, os.waitstatus_to_exitcode(status) and 1)
+            if not stopping:
+                code = 1
+                stop()
     return code
 
 
