@@ -89,9 +89,10 @@ def _guard(reading: int, undo: Callable[[Sequence[bytes]], object], message: str
     said = b""
     while more := os.read(kept, 4096):
         said += more
-    notes = said.split(_END)[:-1]
-    if b"" not in notes:
-        undo(notes)
-        if message:
-            with suppress(OSError):
-                os.write(2, message.encode() + b"\n")
+        # At once, and not when the pipe ends: a fork that isn't its program yet may have it, too.
+        if said.startswith(_END) or _END + _END in said[-len(more) - 1 :]:
+            return
+    undo(said.split(_END)[:-1])
+    if message:
+        with suppress(OSError):
+            os.write(2, message.encode() + b"\n")

@@ -54,3 +54,24 @@ def test_it_has_nothing_to_do_where_its_process_ends_by_itself(tmp_path: Path) -
 def test_that_it_was_killed_is_nothing_to_its_process(tmp_path: Path) -> None:
     done = run(tmp_path / "undone", "guard too", "/a")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+_FORKING = """
+import os, signal
+from casfs.guarding import Guard
+
+with Guard(lambda notes: print("undone", flush=True)) as guard:
+    guard.note(b"/a")
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+"""
+
+
+def test_its_end_is_not_that_of_all_forks() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKING], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")

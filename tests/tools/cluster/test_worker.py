@@ -30,6 +30,7 @@ class WorkerProcess:
     def __init__(self, casfs: Casfs, server: BuildGridServer, *options: str | Path) -> None:
         casfs.directory.mkdir(exist_ok=True)
         self.casfs = casfs
+        casfs.environment["PYTHONFAULTHANDLER"] = "1"
         command = ("worker", "--buildgrid", server.url, "--host-root", "--jobs", "2")
         self.process: subprocess.Popen[bytes] = casfs.start(*command, *options)
         assert self.process.stdout is not None
@@ -41,7 +42,11 @@ class WorkerProcess:
         """Send a signal and wait; returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        self.err = self.process.communicate(timeout=60)[1].decode()
+        try:
+            self.err = self.process.communicate(timeout=60)[1].decode()
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            pytest.fail(f"it didn't end; its threads were at: {self.process.communicate(timeout=30)[1].decode()}")
         return self.process.returncode
 
     @property
