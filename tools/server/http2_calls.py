@@ -13,6 +13,7 @@ from struct import Struct
 from typing import Any, cast
 
 from tools.http2.connection import Connection
+from tools.http2.frames import ErrorCode
 from tools.http2.hpack import Header
 from tools.http2.stream import Stream
 from tools.reapi.generated import code_pb2 as codes
@@ -39,6 +40,7 @@ class _Call(Stream):
         "answering",
         "deadline",
         "heard",
+        "left",
         "size",
         "task",
     )
@@ -61,7 +63,10 @@ class _Call(Stream):
         self.task: asyncio.Task[None] | None = None
         self.deadline: asyncio.TimerHandle | None = None
         self.heard = 0.0
-        """When the last part came, while the call waits for all of its only message."""
+        """When its client last made progress, as far as the call waits for that: for all of the only message, or for
+        the end of the answer to be taken."""
+        self.left = 0
+        """Bytes of that end, when it was looked at last."""
 
     # For endpoints.
 
@@ -227,12 +232,20 @@ class ConnectionCalls:
         if tasks:
             await asyncio.wait(tasks)
 
-    def drop_silent(self, before: float) -> None:
-        """End the calls whose only message has begun to come, and went on last before that time of the loop."""
+    def drop_silent(self) -> None:
+        """End the calls whose client sends no more of its only message, or takes no more of the end of its answer."""
+        now, most = self.loop.time(), self.routes.limits.idle_seconds
         for stream in list(self.connection.streams.values()):
             call = cast("_Call", stream)
-            if call.heard and call.heard < before:
-                self._fail(call, TooSlow(f"no progress in {self.routes.limits.idle_seconds:g} s"))
+            if call.trailers is not None and call.waiting != call.left:
+                call.left, call.heard = call.waiting, now
+            if not call.heard or now - call.heard < most:
+                continue
+            if call.trailers is None:
+                self._fail(call, TooSlow(f"no progress in {most:g} s"))
+            else:
+                # A status would come behind what isn't taken.
+                self.connection.reset(call, ErrorCode.CANCEL)
 
     # As the connection's handler.
 

@@ -187,7 +187,7 @@ class _Connection(asyncio.Protocol):
         now = self._loop.time()
         idle = self._routes.limits.idle_seconds
         self._connection.calm_down()
-        self._calls.drop_silent(now - idle)
+        self._calls.drop_silent()
         if self._calls.paused is not None:
             if now - self._paused_since > idle:
                 self._transport.abort()

@@ -338,6 +338,31 @@ def test_a_request_that_stops_in_its_middle_is_ended_and_its_connection_goes_on(
     run(test)
 
 
+def test_an_answer_that_is_not_taken_is_dropped_and_its_connection_goes_on() -> None:
+    async def test(peer: Peer, endpoints: Endpoints, server: Http2Server) -> None:
+        peer.h2.update_settings({frames.INITIAL_WINDOW_SIZE: 4000})
+        stream = peer.call(ECHO.path, bytes(16_000))
+        await peer.until(lambda: peer.ended(stream))
+        assert [event.stream_id for event in peer.events if isinstance(event, h2.events.StreamReset)] == [stream]
+        assert (await peer.answer(peer.call(ECHO.path, b"x")))[1] == prefixed(b"x")
+
+    run(test)
+
+
+def test_an_answer_that_is_taken_slowly_is_not_dropped() -> None:
+    async def test(peer: Peer, endpoints: Endpoints, server: Http2Server) -> None:
+        peer.h2.update_settings({frames.INITIAL_WINDOW_SIZE: 4000})
+        stream = peer.call(ECHO.path, bytes(16_000))
+        for _ in range(10):
+            peer.writer.write(peer.h2.data_to_send())
+            await asyncio.sleep(0.15)
+            peer.h2.increment_flow_control_window(1000, stream)
+        peer.h2.increment_flow_control_window(20_000, stream)
+        assert (await peer.answer(stream))[1] == prefixed(bytes(16_000))
+
+    run(test)
+
+
 def test_who_says_nothing_at_all_is_gone_after_a_while() -> None:
     async def main() -> None:
         async with serving(Endpoints()) as (_, address):
