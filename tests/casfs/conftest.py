@@ -79,9 +79,12 @@ class Mounted:
 
     def _try_unmount(self) -> bool:
         try:
-            mountpoint.unmount(self.path)
+            daemon = mountpoint.unmount(self.path)
         except Busy:
             return False
+        # Another test's namespace can have a copy of the mount for a moment, and the daemon has its leases meanwhile.
+        if daemon is not None:
+            wait_until(lambda: not mountpoint.is_running(daemon), "the daemon to end")
         return True
 
 

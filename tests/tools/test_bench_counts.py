@@ -74,7 +74,9 @@ def test_a_remap_has_the_kernel_ask_again_for_what_changed_and_its_directory(rem
     found = remapped.find("looking again", side)
     if found is None:
         pytest.skip("; ".join(remapped.notes))
-    assert found.upcalls == {"LOOKUP": 100, "GETATTR": 100}
+    # What it forgets comes when the kernel likes.
+    asked = {name: count for name, count in (found.upcalls or {}).items() if name not in ("FORGET", "BATCH_FORGET")}
+    assert asked == {"LOOKUP": 100, "GETATTR": 100}
     for what in ("other blobs", "files of the host", "put beside", "taken away"):
         assert remapped.median(f"one step, {what}", side) > 0
     assert remapped.median("a call each", side) > 0

@@ -312,7 +312,7 @@ def test_draining_finishes_what_runs_and_sends_away_what_waits(casfs: Casfs, req
         server.process.send_signal(signal.SIGTERM)
         assert response_of(list(queued)[-1]).status.code == codes.UNAVAILABLE
         assert response_of(list(running)[-1]).result.exit_code == 0
-        assert server.stop() == 0
+        assert server.process.wait(20) == 0  # by the first signal; a second one would end it as it is
 
 
 def test_draining_has_an_end(casfs: Casfs, requires: Requirements) -> None:
