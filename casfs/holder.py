@@ -26,7 +26,6 @@ What a connection was given stays in use until it is closed.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -54,7 +53,7 @@ from casfs.syscalls import (
     mount,
     unshare,
 )
-from store.digest import Digest
+from store.digest import Digest, DigestFunction
 from store.errors import StoreError
 from store.repository import SourceOptions, Store
 
@@ -89,8 +88,8 @@ class HolderOptions:
 
 
 def _address(store: Path, upstream: str) -> Path:
-    identity = hashlib.sha256(os.fsencode(os.path.realpath(store)) + b"\0" + upstream.encode()).hexdigest()[:16]
-    return runtime_directory() / f"holder-{identity}.sock"
+    identity = DigestFunction.BLAKE3.of(os.fsencode(os.path.realpath(store)) + b"\0" + upstream.encode()).hex
+    return runtime_directory() / f"holder-{identity[:16]}.sock"
 
 
 # The client

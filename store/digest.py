@@ -9,7 +9,6 @@ byte for the function and the 32 bytes of the hash: the size follows from those.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
@@ -59,15 +58,21 @@ class DigestFunction(IntEnum):
             raise BadDigest(f"unknown digest function {label!r}: casfs knows {known}") from None
 
 
+# Imported at first use: a command that hashes nothing, or with the other function, shall not load them.
+def _new_sha256() -> Hasher:
+    from hashlib import sha256
+
+    return sha256()
+
+
 def _new_blake3() -> Hasher:
-    # Imported at first use: a command that only prints its help shall not load it.
     from blake3 import blake3
 
     return blake3()
 
 
 _NEW: dict[DigestFunction, Callable[[], Hasher]] = {
-    DigestFunction.SHA256: hashlib.sha256,
+    DigestFunction.SHA256: _new_sha256,
     DigestFunction.BLAKE3: _new_blake3,
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from tools.commands import complete
@@ -35,6 +34,6 @@ def apply_upstream(args: argparse.Namespace, settings: Settings) -> Settings:
         "upstream_tls_certificate": args.upstream_tls_certificate and args.upstream_tls_certificate.absolute(),
         "upstream_tls_key": args.upstream_tls_key and args.upstream_tls_key.absolute(),
     }
-    settings = replace(settings, **{name: value for name, value in said.items() if value is not None})
+    settings = settings._replace(**{name: value for name, value in said.items() if value is not None})
     _ = settings.upstream  # checked now, not when it is first needed
     return settings

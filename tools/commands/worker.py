@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +113,7 @@ def _options(args: argparse.Namespace, settings: Settings) -> ClusterOptions:
 def _scheduler(args: argparse.Namespace, settings: Settings) -> tuple[UpstreamOptions, bool]:
     """Where it is, and whether it is a Buildbarn. Raises BadInput."""
     if args.buildgrid is not None or args.buildbarn is not None:
-        settings = replace(settings, worker_buildgrid=args.buildgrid, worker_buildbarn=args.buildbarn)
+        settings = settings._replace(worker_buildgrid=args.buildgrid, worker_buildbarn=args.buildbarn)
     urls = (settings.worker_buildgrid, settings.worker_buildbarn)
     if urls[0] is not None and urls[1] is not None:
         raise BadInput("a worker works for one scheduler: give a buildgrid or a buildbarn in [worker], not both")
