@@ -86,13 +86,14 @@ def _guard(reading: int, undo: Callable[[Sequence[bytes]], object], message: str
         os.dup2(null, descriptor)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")
-    said = b""
+    said, notes = b"", list[bytes]()
     while more := os.read(kept, 4096):
         said += more
+        *notes, _ = said.split(_END)
         # At once, and not when the pipe ends: a fork that isn't its program yet may have it, too.
-        if said.startswith(_END) or _END + _END in said[-len(more) - 1 :]:
+        if b"" in notes:
             return
-    undo(said.split(_END)[:-1])
+    undo(notes)
     if message:
         with suppress(OSError):
             os.write(2, message.encode() + b"\n")

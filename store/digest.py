@@ -40,7 +40,7 @@ class DigestFunction(IntEnum):
 
     def new(self) -> Hasher:
         """A hasher that has seen no bytes yet."""
-        return _NEW[self]()
+        return _maker(self)()
 
     def of(self, data: bytes | memoryview) -> Digest:
         """The digest of bytes in memory."""
@@ -58,23 +58,16 @@ class DigestFunction(IntEnum):
             raise BadDigest(f"unknown digest function {label!r}: casfs knows {known}") from None
 
 
-# Imported at first use: a command that hashes nothing, or with the other function, shall not load them.
-def _new_sha256() -> Hasher:
-    from hashlib import sha256
+@cache
+def _maker(function: DigestFunction) -> Callable[[], Hasher]:
+    # Imported at first use: a command that hashes nothing, or with the other function, shall not load it.
+    if function is DigestFunction.SHA256:
+        from hashlib import sha256
 
-    return sha256()
-
-
-def _new_blake3() -> Hasher:
+        return sha256
     from blake3 import blake3
 
-    return blake3()
-
-
-_NEW: dict[DigestFunction, Callable[[], Hasher]] = {
-    DigestFunction.SHA256: _new_sha256,
-    DigestFunction.BLAKE3: _new_blake3,
-}
+    return blake3
 
 
 class Digest(NamedTuple):

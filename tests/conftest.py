@@ -19,7 +19,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,12 +39,20 @@ _TEST_GRACE_SECONDS = 15.0
 _SESSION_GRACE_SECONDS = 20.0
 """How long things that are ending anyway (a daemon after its unmount) may take."""
 
+FORGETS = ("FORGET", "BATCH_FORGET")
+"""Upcalls that come when the kernel likes: no test counts them."""
+
 _ENDS_WITH_US = re.compile(rb"multiprocessing[./](resource_tracker|forkserver)")
 """Helpers that the standard library keeps until the interpreter ends."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="fail where something is lacking, rather than skip")
+
+
+def without_forgets(upcalls: Mapping[str, int]) -> dict[str, int]:
+    """What a program's calls led to."""
+    return {name: count for name, count in upcalls.items() if name not in FORGETS}
 
 
 # What a test may have left behind

@@ -37,7 +37,7 @@ from store.index import Change, Table
 from store.layout import Layout, blob_path
 from store.repository import Store
 from store.treebuilder import TreeBuilder
-from tests.conftest import Requirements
+from tests.conftest import FORGETS, Requirements
 
 SERVED_ENGINES = ("passthrough", "native", "fuse")
 """Those with a daemon, which can be asked, stopped and killed."""
@@ -61,7 +61,7 @@ class Mounted:
     def upcalls(self) -> Counter[str]:
         """The counts so far, without RELEASE, RELEASEDIR and FORGET, which come when the kernel likes."""
         counts = Counter[str](control.statistics(self.path)["upcalls"])
-        for opcode in ("RELEASE", "RELEASEDIR", "FORGET", "BATCH_FORGET", "INTERRUPT"):
+        for opcode in ("RELEASE", "RELEASEDIR", "INTERRUPT", *FORGETS):
             counts.pop(opcode, None)
         return +counts
 

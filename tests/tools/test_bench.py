@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from casfs.mountinfo import mount_of
-from tests.conftest import Requirements, find_mounts, find_processes
+from tests.conftest import Requirements, find_mounts, find_processes, without_forgets
 from tools.bench import volumes
 from tools.bench.buildbox import get_buildbox_fuse
 from tools.bench.load import get_generator
@@ -52,8 +52,7 @@ class Results:
 
     def upcalls(self, scenario: str, what: str, side: str) -> dict[str, int]:
         """Without those that come when the kernel likes."""
-        counts: dict[str, int] = self.measures(scenario)[what, side]["upcalls"]
-        return {name: count for name, count in counts.items() if name not in ("FORGET", "BATCH_FORGET")}
+        return without_forgets(self.measures(scenario)[what, side]["upcalls"])
 
 
 @pytest.fixture(scope="module")
