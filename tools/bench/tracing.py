@@ -37,7 +37,7 @@ from tools.bench.toolchain import PROGRAM, NoCompiler, compile_source, find_tool
 BARE, OFF, ON = "bare", "off", "on"
 _FILES = 500
 _SETTLE_SECONDS = 0.02
-_PROFILED = 3
+_PROFILED = 5
 _SAME = 1.05
 """Of two sessions that run the same code: so far two medians may be apart."""
 
