@@ -14,7 +14,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ _WORTH_CLONING = 16 << 10
 """Where cloning is known to work, it begins at this size: below, a copy of one's own costs less than sharing."""
 _FLUSH_BLOBS = 4096
 _FLUSH_BYTES = 1 << 30
+_ROUNDS_MOST = 16
 _WRITING = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -108,10 +109,10 @@ class Ingest:
             self._write(digest, data, executable)
         return digest
 
-    def add_all(self, blobs: Sequence[tuple[Digest, bytes]]) -> list[DigestMismatch | None]:
-        """Add blobs that are in memory; says of each whether it is what it was said to be. Raises NoSpace.
+    def store_all(self, blobs: Sequence[tuple[Digest, bytes]]) -> list[DigestMismatch | None]:
+        """Add blobs that are in memory and publish them, none executable; says of each whether it is what it was said.
 
-        One look at the index for all of them.
+        Those that are right are durable when it returns. Raises NoSpace or StoreUnusable; none is then promised.
         """
         results: list[DigestMismatch | None] = []
         right: dict[bytes, tuple[Digest, bytes]] = {}
@@ -122,11 +123,35 @@ class Ingest:
                 right[digest.key] = digest, data
         with self._index.view() as view:
             known = {key for key in right if view.get(Table.BLOBS, key) is not None}
-        self._write_all([blob for key, blob in right.items() if key not in known])
-        for key in known:
-            digest, data = right[key]
-            self.add_bytes(data, digest.function)
+        pending = self._write_all([blob for key, blob in right.items() if key not in known])
+        self.publish(pending, {key: right[key] for key in known})
         return results
+
+    def publish(self, pending: Sequence[Pending], known: Mapping[bytes, tuple[Digest, bytes]] | None = None) -> None:
+        """Publish these files of the session, durably, and nothing else: whoever waits for other files isn't concerned.
+
+        `known`: blobs that have a row, by their keys; they count as used, and are written where they are gone.
+        Raises NoSpace or StoreUnusable; the files are removed then.
+        """
+        known = known or {}
+        seen: dict[bytes, Callable[[], Digest]] = dict.fromkeys(known, _nothing)
+        # More than one round only when a collection removed a blob between its being seen and being touched.
+        for _ in range(_ROUNDS_MOST):
+            files = {item.digest.key: item for item in pending}
+            try:
+                for item in pending:
+                    if files[item.digest.key] is not item:
+                        discard(item.path)
+                with self._flushing, translated(self._layout, "publishing blobs"):
+                    absent = self._publish(Batch(files, seen, set(), []))
+            except BaseException:
+                for item in pending:
+                    discard(item.path)
+                raise
+            if not absent:
+                return
+            pending, seen = self._write_all([known[key] for key in absent]), {}
+        raise MissingBlob("blobs keep vanishing while they are added: is something deleting them?")
 
     def add_stream(
         self,
@@ -149,13 +174,16 @@ class Ingest:
             raise
         return writer.finish()
 
-    def begin(self, claim: Claim, *, executable: bool = False) -> Writer:
-        """Begin a blob whose bytes come piece by piece; it counts once its writer was finished."""
+    def begin(
+        self, claim: Claim, *, executable: bool = False, hold: Callable[[Pending], object] | None = None
+    ) -> Writer:
+        """Begin a blob whose bytes come piece by piece; it counts once its writer was finished.
+
+        `hold` is then given the file, to be published by `publish`; else it is the next flush's.
+        """
+        hold = hold or self._hold
         return Writer(
-            self._layout,
-            self._new_path(),
-            claim,
-            lambda digest, path: self._hold(Pending(digest, path, executable)),
+            self._layout, self._new_path(), claim, lambda digest, path: hold(Pending(digest, path, executable))
         )
 
     def add_file(
@@ -255,35 +283,35 @@ class Ingest:
                 os.close(descriptor)
         self._hold(Pending(digest, path, executable, mode))
 
-    def _write_all(self, blobs: Sequence[tuple[Digest, bytes]]) -> None:
+    def _write_all(self, blobs: Sequence[tuple[Digest, bytes]]) -> list[Pending]:
         """Write many blobs, none executable, with three calls each, by names relative to the session's directory.
 
-        After a failure those that were written are held all the same.
+        After a failure none of them is there.
         """
         if not blobs:
-            return
+            return []
         with self._lock:
             first, self._serial = self._serial + 1, self._serial + len(blobs)
-        held: list[Pending] = []
+        written: list[Pending] = []
         with translated(self._layout, "writing blobs"), kernel.opened_directory(self._directory) as directory:
             mode = 0
             try:
                 for number, (digest, data) in enumerate(blobs, first):
-                    path = f"{self._directory}/{number}"
+                    written.append(Pending(digest, f"{self._directory}/{number}", executable=False, mode=mode))
                     descriptor = os.open(str(number), _WRITING, MODE, dir_fd=directory)
                     try:
                         write_all(descriptor, data)
-                        # One umask for all.
-                        mode = mode or stat.S_IMODE(os.fstat(descriptor).st_mode)
-                    except BaseException:
-                        discard(path)
-                        raise
+                        if not mode:
+                            # One umask for all.
+                            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+                            written[-1] = written[-1]._replace(mode=mode)
                     finally:
                         os.close(descriptor)
-                    held.append(Pending(digest, path, executable=False, mode=mode))
-            finally:
-                for item in held:
-                    self._hold(item)
+            except BaseException:
+                for item in written:
+                    discard(item.path)
+                raise
+        return written
 
     def _transfer(
         self,
@@ -349,7 +377,7 @@ class Ingest:
         Raises NoSpace or StoreUnusable; nothing of the batch is then promised.
         """
         # More than one round only when a collection removed a blob between its being seen and being touched.
-        for _ in range(16):
+        for _ in range(_ROUNDS_MOST):
             with self._flushing, translated(self._layout, "publishing blobs"):
                 vanished = self._flush_once()
             if not vanished:
@@ -361,11 +389,19 @@ class Ingest:
     def _flush_once(self) -> list[Callable[[], Digest]]:
         with self._lock:
             batch, self._batch, self._pending_bytes = self._batch, Batch({}, {}, set(), []), 0
+        return [batch.seen[key] for key in self._publish(batch)]
+
+    def _publish(self, batch: Batch) -> Sequence[bytes]:
+        """The keys of what was seen and is gone. One at a time."""
         published = self._publisher.publish(batch)
         with self._lock:
             self.new_blobs += len(published.fresh)
             self.new_bytes += sum(item.digest.size for item in published.fresh)
-        return [batch.seen[key] for key in published.absent]
+        return published.absent
+
+
+def _nothing() -> Digest:
+    raise AssertionError("what is known is written by who knows its bytes")
 
 
 def _mismatch(expected: Digest, found: Digest) -> DigestMismatch:

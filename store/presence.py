@@ -122,6 +122,14 @@ class Presence:
             return False
         return self._cold.has(digest)
 
+    def remembers(self, name: Name) -> bool:
+        """Whether it was lately found here, and nothing was removed since. Never waits."""
+        if name not in self._young and name not in self._old:
+            return False
+        with self._index.view() as view:
+            self._keep_up(view)
+        return name in self._young or name in self._old
+
     def find_hashed(self, hash_: bytes) -> Digest | None:
         """The blob of that hash, by whichever function: what is here, in ``blobs/`` or in the cold tier."""
         with self._index.view() as view:

@@ -2,8 +2,9 @@
 
 A blob that was acknowledged is durable, and that costs syncs. So whoever has
 finished a blob waits for the *committer*, one thread that publishes all that
-was finished meanwhile with one flush: while it syncs one group, the next one
-gathers. One client alone waits for its own sync and for nothing else.
+was finished meanwhile at once: while it syncs one group, the next one gathers.
+One client alone waits for its own sync and for nothing else. Where one group
+can't be published, only those hear of it that wait for it.
 
     upload = uploads.begin(digest)      space is reserved; NoSpace if there is none
     upload = uploads.begin_hashed(hash) where neither function nor size are known: space as it grows
@@ -23,23 +24,36 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from store.digest import Digest
 from store.errors import NoSpace, StoreError, StoreUnusable
 from store.ingest import Ingest
+from store.publication import Pending
 from store.quota import Reservation, Space
-from store.writer import Claim, Exactly, Hashed, Writer
+from store.writer import Claim, Exactly, Hashed, discard
 
-_WRITERS = 2
-"""Threads that write batches at a time. Each call lets go of the interpreter, and all that wait would fight for it."""
+_STORING_MOST = 2
+"""Threads that store batches at a time: one writes while the other syncs. Each call lets go of the interpreter, and
+all that wait would fight for it."""
+_GROUP_MOST = 512
+"""Blobs that are published at a time."""
+
+
+class _Waiting(NamedTuple):
+    """A file that is to be published, and who waits for that."""
+
+    written: Pending
+    done: Future[None]
 
 
 class Upload:
     """A blob on its way in. Ends with `finish` or `discard`."""
 
-    def __init__(self, uploads: Uploads, writer: Writer, reservation: Reservation) -> None:
+    def __init__(self, uploads: Uploads, claim: Claim, reservation: Reservation) -> None:
         self._uploads = uploads
-        self._writer = writer
+        self._written: list[Pending] = []
+        self._writer = uploads.session().begin(claim, hold=self._written.append)
         self._reservation = reservation
 
     @property
@@ -55,7 +69,7 @@ class Upload:
         """That was all; returns when the blob is durable. Raises DigestMismatch, NoSpace; nothing is kept then."""
         with self._reservation:
             digest = self._writer.finish()
-            self._uploads.commit()
+            self._uploads.publish(self._written.pop())
         self._uploads.added([digest])
         return digest
 
@@ -87,8 +101,8 @@ class Uploads:
         self.added = added
         self._make_ingest = make_ingest
         self._space = space
-        self._waiting: queue.SimpleQueue[Future[None] | None] = queue.SimpleQueue()
-        self._writing = threading.Semaphore(_WRITERS)
+        self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._storing = threading.Semaphore(_STORING_MOST)
         self._lock = threading.Lock()
         # Under `_lock`:
         self._ingest: Ingest | None = None
@@ -109,7 +123,7 @@ class Uploads:
     def _begin(self, kind: type[Upload], claim: Claim, size: int) -> Upload:
         reservation = self._space.reserve(size)
         try:
-            return kind(self, self._session().begin(claim), reservation)
+            return kind(self, claim, reservation)
         except BaseException:
             reservation.release()
             raise
@@ -122,11 +136,10 @@ class Uploads:
                 return results
             try:
                 roomy = [number for number, refused in enumerate(results) if refused is None]
-                with self._writing:
-                    written = self._session().add_all([blobs[n] for n in roomy])
-                for number, refused in zip(roomy, written, strict=True):
+                with self._storing:
+                    stored = self.session().store_all([blobs[n] for n in roomy])
+                for number, refused in zip(roomy, stored, strict=True):
                     results[number] = refused
-                self.commit()
             except StoreError as error:
                 results = [result or error for result in results]
         self.added([digest for (digest, _), result in zip(blobs, results, strict=True) if result is None])
@@ -142,19 +155,21 @@ class Uploads:
                 return [error]
         return [refused for size in sizes for refused in self._reserve_all([size], stack)]
 
-    def commit(self) -> None:
-        """Returns when all that this thread has finished is durable. Raises NoSpace or StoreUnusable."""
-        future: Future[None] = Future()
+    def publish(self, written: Pending) -> None:
+        """Returns when what a writer has finished is durable. Raises NoSpace or StoreUnusable."""
+        waiting = _Waiting(written, Future())
         with self._lock:
             if self._closed:
+                discard(written.path)
                 raise StoreUnusable("the store is being closed")
             if self._committer is None:
                 self._committer = threading.Thread(target=self._run, name="commit", daemon=True)
                 self._committer.start()
-            self._waiting.put(future)
-        future.result()
+            self._waiting.put(waiting)
+        waiting.done.result()
 
-    def _session(self) -> Ingest:
+    def session(self) -> Ingest:
+        """Where blobs are written before they are published. Raises StoreUnusable when the store is being closed."""
         with self._lock:
             if self._closed:
                 raise StoreUnusable("the store is being closed")
@@ -165,26 +180,26 @@ class Uploads:
     def _run(self) -> None:
         while True:
             group = [self._waiting.get()]
-            while not self._waiting.empty():
+            while not self._waiting.empty() and len(group) < _GROUP_MOST:
                 group.append(self._waiting.get())
-            waiting = [future for future in group if future is not None]
+            waiting = [item for item in group if item is not None]
             if waiting:
                 self._commit(waiting)
             if len(waiting) < len(group):
                 return
 
-    def _commit(self, waiting: Sequence[Future[None]]) -> None:
+    def _commit(self, group: Sequence[_Waiting]) -> None:
         try:
             with self._lock:
                 ingest = self._ingest
             if ingest is not None:
-                ingest.flush()
+                ingest.publish([item.written for item in group])
         except Exception as error:  # noqa: BLE001 - told to whoever waits
-            for future in waiting:
-                future.set_exception(error)
+            for item in group:
+                item.done.set_exception(error)
         else:
-            for future in waiting:
-                future.set_result(None)
+            for item in group:
+                item.done.set_result(None)
 
     def close(self) -> None:
         """Publish what waits, discard what isn't finished; harmless when repeated."""

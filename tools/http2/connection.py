@@ -14,6 +14,7 @@ everything else for the peer to read, and the owner reads no more until it does.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,9 @@ class Connection:
         self._decoder = Decoder()
         self._known: dict[bytes, tuple[Any, int]] = {}
         self._known_changes = 0
-        self._left = b""
+        self._data = b""
+        self._position = 0
+        """Of `_data`, what is worked on next."""
         self._partial: tuple[int, int, list[bytes]] | None = None
         """Of headers that aren't whole yet: stream, flags, the parts."""
         self._last = 0
@@ -78,23 +81,39 @@ class Connection:
     # What comes.
 
     def receive(self, data: bytes) -> None:
-        """Bytes came. Whatever is wrong with them is the peer's to know, and in `out`."""
+        """Bytes came: all of them are worked on. Whatever is wrong with them is the peer's to know, and in `out`."""
+        self.feed(data)
+        self.parse()
+
+    def feed(self, data: bytes) -> None:
+        """Bytes came, to be worked on by `parse`."""
+        if self._position < len(self._data):
+            data = self._data[self._position :] + data
+        self._data = data
+        self._position = 0
+
+    @property
+    def unparsed(self) -> int:
+        """Bytes that came and weren't worked on yet; of the last frame there may be only a part."""
+        return len(self._data) - self._position
+
+    def parse(self, most: int = sys.maxsize) -> bool:
+        """Work on what came, and stop behind the frame with which `most` bytes are reached; says whether it stopped."""
         if self.closed:
-            return
-        if self._left:
-            data = self._left + data
-            self._left = b""
-        position, end = 0, len(data)
+            self._data, self._position = b"", 0
+            return False
+        data, position = self._data, self._position
+        end = len(data)
+        last = min(end, position + most)
         try:
             if not self.begun:
                 if not data.startswith(frames.PREFACE[:end]):
                     raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, "this is no HTTP/2")
                 if end < len(frames.PREFACE):
-                    self._left = data
-                    return
+                    return False
                 self.begun = True
                 position = len(frames.PREFACE)
-            while position + frames.HEAD_BYTES <= end:
+            while position < last and position + frames.HEAD_BYTES <= end:
                 length, flags, stream_id = frames.read_head(data, position)
                 kind = length & 0xFF
                 length >>= 8
@@ -103,7 +122,8 @@ class Connection:
                 start = position + frames.HEAD_BYTES
                 stop = start + length
                 if stop > end:
-                    break
+                    self._position = position
+                    return False
                 position = stop
                 stream_id &= frames.WINDOW_MOST
                 if self._partial is not None and kind != frames.CONTINUATION:
@@ -118,7 +138,11 @@ class Connection:
             self.fail(ErrorCode.COMPRESSION_ERROR, str(error))
         except _ConnectionError as error:
             self.fail(error.code, str(error))
-        self._left = data[position:]
+        if self.closed or position == end:
+            self._data, self._position = b"", 0
+            return False
+        self._position = position
+        return position >= last
 
     def _take_data(self, stream_id: int, flags: int, data: bytes) -> None:
         length = len(data)

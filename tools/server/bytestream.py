@@ -7,15 +7,19 @@ the call ended.
 
 from __future__ import annotations
 
+from store.errors import DigestMismatch
 from store.presence import Presence, WouldWait, as_name
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.resource_names import Compression, ResourceName, parse_read, parse_write
+from tools.server.compression import expand
 from tools.server.desk import Desk, Transfer
 from tools.server.downloads import CompressedReader, Downloads, PlainReader, Reader
 from tools.server.errors import InvalidArgument, OutOfRange
 from tools.server.requests import Instances
 
 _QUICK_BYTES = 64 << 10
+_SLACK = 1 << 10
+"""Bytes by which a small blob's zstd may be longer than what it makes."""
 
 
 class ByteStream:
@@ -47,16 +51,32 @@ class ByteStream:
             raise OutOfRange(f"offset {offset} of a blob of {size} bytes")
         return CompressedReader(reader, size - offset) if compressed else reader
 
-    def begin_write(self, client: str) -> WriteCall:
-        """A Write call of a client."""
-        return WriteCall(self, client)
+    def begin_write(self) -> WriteCall:
+        """A Write call."""
+        return WriteCall(self)
 
-    def query_write_status(self, request: bytestream.QueryWriteStatusRequest) -> bytestream.QueryWriteStatusResponse:
+    def status(self, name: ResourceName, *, is_here: bool) -> bytestream.QueryWriteStatusResponse:
         """Where the client may go on: all of it where the blob is here, nothing where it isn't known."""
-        name = self.parse(request.resource_name)
-        if self.is_here(name):
+        if is_here:
             return bytestream.QueryWriteStatusResponse(committed_size=name.digest.size, complete=True)
         return bytestream.QueryWriteStatusResponse(committed_size=self._desk.received(name))
+
+    def is_remembered(self, name: ResourceName) -> bool:
+        """Whether the blob was lately found here, or brought. Never waits."""
+        return self._presence.remembers(as_name(name.digest))
+
+    def forget(self, name: ResourceName) -> None:
+        """What is parked of the upload isn't needed any more."""
+        self._desk.forget(name)
+
+    def note(self, name: ResourceName) -> None:
+        """The blob has become durable."""
+        self._presence.note([as_name(name.digest)])
+
+    def whole_answer(self, name: ResourceName) -> bytestream.WriteResponse:
+        """What is answered where the blob is here."""
+        compressed = name.compression is not Compression.IDENTITY
+        return bytestream.WriteResponse(committed_size=-1 if compressed else name.digest.size)
 
     # For WriteCall.
 
@@ -66,12 +86,12 @@ class ByteStream:
         self._instances.check(name.instance)
         return name
 
-    def is_here(self, name: ResourceName) -> bool:
-        """Whether there is nothing left to write."""
-        return not self._presence.find_absent((as_name(name.digest),))
+    def is_here(self, name: ResourceName, *, may_wait: bool = True) -> bool:
+        """Whether there is nothing left to write. Raises WouldWait without `may_wait`."""
+        return not self._presence.find_absent((as_name(name.digest),), may_wait=may_wait)
 
-    def open_transfer(self, client: str, name: ResourceName, offset: int) -> Transfer:
-        """The upload, begun anew or where it broke off. Raises InvalidArgument, Exhausted, NoSpace."""
+    def open_transfer(self, name: ResourceName, offset: int) -> Transfer:
+        """The upload, begun anew or where it broke off. Raises InvalidArgument, NoSpace."""
         parked = self._desk.resume(name)
         if parked is not None:
             if offset == parked.received:
@@ -79,32 +99,74 @@ class ByteStream:
             if offset:
                 self._desk.park(parked)
             else:
-                self._desk.drop(parked)
+                parked.upload.discard()
         if offset:
             there = parked.received if parked is not None else 0
             raise InvalidArgument(f"a first write_offset of {offset}, where {there} bytes are here")
-        return self._desk.begin(client, name)
+        return self._desk.begin(name)
 
     def complete(self, transfer: Transfer) -> None:
         """All was sent. Returns when the blob is durable."""
-        self._desk.finish(transfer)
+        transfer.upload.finish()
         self._presence.note([as_name(transfer.name.digest)])
-
-    def drop(self, transfer: Transfer) -> None:
-        """It went wrong."""
-        self._desk.drop(transfer)
 
     def park(self, transfer: Transfer) -> None:
         """It broke off."""
         self._desk.park(transfer)
 
 
+class SmallWrite:
+    """A Write call of a blob that is gathered in memory. `finished`: all its messages came."""
+
+    def __init__(self, name: ResourceName, first: bytestream.WriteRequest) -> None:
+        self.name = name
+        self._first = first
+        self._data = first.data
+        self.finished = first.finish_write
+
+    @classmethod
+    def begin(cls, name: ResourceName, first: bytestream.WriteRequest) -> SmallWrite | None:
+        """None for one that goes on with what is here."""
+        return None if first.write_offset else cls(name, first)
+
+    def add(self, request: bytestream.WriteRequest) -> None:
+        """Take the next message. Raises InvalidArgument."""
+        _check_following(request, self._first.resource_name, len(self._data))
+        self._data += request.data
+        self.finished = request.finish_write
+        if not self.finished and len(self._data) > self.name.digest.size + _SLACK:
+            raise InvalidArgument(f"over {self.name.digest.size} bytes came, which {self.name.digest} has")
+
+    def plain(self) -> bytes:
+        """The blob's bytes. Raises DigestMismatch, InvalidArgument where they can't be that."""
+        size = self.name.digest.size
+        if self.name.compression is Compression.ZSTD:
+            return expand(self._data, size)
+        if len(self._data) != size:
+            raise DigestMismatch(f"{len(self._data)} bytes came as {self.name.digest}; nothing was stored")
+        return self._data
+
+    def answer(self) -> bytestream.WriteResponse:
+        """What is answered when the blob is durable."""
+        return bytestream.WriteResponse(committed_size=len(self._data))
+
+    def so_far(self) -> bytestream.WriteRequest:
+        """All that came, as one message."""
+        return bytestream.WriteRequest(resource_name=self._first.resource_name, data=self._data)
+
+
+def _check_following(request: bytestream.WriteRequest, first_name: str, received: int) -> None:
+    if request.resource_name not in ("", first_name):
+        raise InvalidArgument(f"{request.resource_name!r} in a stream that began with {first_name!r}")
+    if request.write_offset != received:
+        raise InvalidArgument(f"a write_offset of {request.write_offset}, where {received} bytes came")
+
+
 class WriteCall:
     """One Write call: messages in, at last an answer out. One thread at a time."""
 
-    def __init__(self, service: ByteStream, client: str) -> None:
+    def __init__(self, service: ByteStream) -> None:
         self._service = service
-        self._client = client
         self._resource_name = ""
         self._transfer: Transfer | None = None
         self._answered = False
@@ -122,22 +184,18 @@ class WriteCall:
             self._resource_name = request.resource_name
             if self._service.is_here(name):
                 self._answered = True
-                compressed = name.compression is not Compression.IDENTITY
-                return bytestream.WriteResponse(committed_size=-1 if compressed else name.digest.size)
-            self._transfer = self._service.open_transfer(self._client, name, request.write_offset)
+                return self._service.whole_answer(name)
+            self._transfer = self._service.open_transfer(name, request.write_offset)
         try:
             return self._take(self._transfer, request)
         except BaseException:
             transfer, self._transfer = self._transfer, None
             if transfer is not None:
-                self._service.drop(transfer)
+                transfer.upload.discard()
             raise
 
     def _take(self, transfer: Transfer, request: bytestream.WriteRequest) -> bytestream.WriteResponse | None:
-        if request.resource_name not in ("", self._resource_name):
-            raise InvalidArgument(f"{request.resource_name!r} in a stream that began with {self._resource_name!r}")
-        if request.write_offset != transfer.received:
-            raise InvalidArgument(f"a write_offset of {request.write_offset}, where {transfer.received} bytes came")
+        _check_following(request, self._resource_name, transfer.received)
         transfer.write(request.data)
         if not request.finish_write:
             return None

@@ -11,8 +11,10 @@ client's error (INVALID_ARGUMENT) and not ours.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing, suppress
+from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import Message
@@ -20,24 +22,27 @@ from google.protobuf.message import Message
 from store.presence import WouldWait
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
+from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.methods import Method
 from tools.reapi.wire import write_varint
 from tools.server.access import Access, right_for
-from tools.server.bytestream import WriteCall
+from tools.server.bytestream import SmallWrite, WriteCall
 from tools.server.downloads import Reader
+from tools.server.errors import InvalidArgument
 from tools.server.execution import Executions
-from tools.server.places import Places
+from tools.server.gate import Client, Gate
 from tools.server.scheduler import Execution
 from tools.server.services import Services
+from tools.server.storing import settle_future
 from tools.server.waiting import FETCH_THREADS, Waiting
 
-_PATIENCE = 0.5
-"""Of a silent client's time: so long an upload waits for its turn. Clients give up after a minute themselves."""
 _QUICK_SECONDS = 0.1
 """An action that takes no longer is quick. Its other states cost a client, Bazel, a millisecond of CPU."""
 _SMALL_BYTES = 64 << 10
 _LAST_MOST = _SMALL_BYTES | 15
 """Bytes of a message that is sent with the status, and so not patiently: more would be held for a client that hangs."""
+_WHOLE_MOST = 48 << 10
+"""Bytes of an upload that comes whole before it has its turn: they fit into a stream's first window."""
 
 
 class Call(Protocol):
@@ -50,7 +55,24 @@ class Call(Protocol):
 
     @property
     def client(self) -> str:
-        """Whose uploads are counted together: those of one address, whatever its port."""
+        """The address it comes from, without the port."""
+        ...
+
+    @property
+    def connection(self) -> int:
+        """A number that tells connections apart."""
+        ...
+
+    def answer(self, message: Answer) -> None:
+        """Answer what `begin` said would be answered `LATER`; harmless where nobody waits any more."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """Say what went wrong in place of an answer; harmless where nobody waits any more."""
+        ...
+
+    def streaming(self, change: int) -> None:
+        """It takes many messages from now on (1), or no more (-1)."""
         ...
 
     async def write(self, message: bytes) -> None:
@@ -58,21 +80,45 @@ class Call(Protocol):
         ...
 
 
+class Messages(Protocol):
+    """Those of a request that has many, in order."""
+
+    def take(self) -> bytes | None:
+        """The next one, if it is there."""
+        ...
+
+    def __aiter__(self) -> Messages: ...
+
+    async def __anext__(self) -> bytes: ...
+
+
 Answer = bytes | None
 """The only message, or the last; None: there was none, or all were written."""
-Begin = Callable[[Any, Any], "Answer | Coroutine[Any, Any, Answer]"]
+
+
+class Later(Enum):
+    """What says that an answer comes later, by `Call.answer` or `Call.fail`, and that nothing has to be awaited."""
+
+    LATER = "later"
+
+
+LATER = Later.LATER
+Begin = Callable[[Any, Any], "Answer | Later | Coroutine[Any, Any, Answer]"]
 
 
 class Endpoint(NamedTuple):
     """A method as it is called.
 
-    `begin` takes a message (or an iterator over them, where the method has many)
-    and a `Call`; it raises, or returns the answer, or what is to be awaited for
-    it. Errors are those of the table in `tools.server.status`.
+    `begin` takes a message (or `Messages`, where the method has many: then the
+    first of them is there, or there is none) and a `Call`; it raises, or returns
+    the answer, or what is to be awaited for it, or LATER. Errors are those of the
+    table in `tools.server.status`. `keeps`: it is called even if the client has
+    given up, as what it brought is worth keeping.
     """
 
     method: Method
     begin: Begin
+    keeps: bool = False
 
 
 Wrap = Callable[[Endpoint], Endpoint]
@@ -81,11 +127,12 @@ Wrap = Callable[[Endpoint], Endpoint]
 class Calls:
     """The endpoints of services; made and used in the loop's thread."""
 
-    def __init__(self, services: Services, access: Access, idle_seconds: float) -> None:
+    def __init__(self, services: Services, access: Access, idle_seconds: float, gate: Gate) -> None:
         """`idle_seconds`: how long a client may make no progress."""
         self._waiting = Waiting(idle_seconds)
         self._fetching = Waiting(idle_seconds, FETCH_THREADS)
-        self._places = Places(services.desk.most_per_client, idle_seconds * _PATIENCE)
+        self._gate = gate
+        self._cas = services.cas
         self._stream = services.bytestream
         cas, actions, stream = services.cas, services.actions, services.bytestream
         endpoints = [
@@ -98,13 +145,13 @@ class Calls:
                 read=cas.read_question,
             ),
             self._quick(methods.BATCH_READ_BLOBS, lambda request, may_wait: cas.batch_read(request, may_wait=may_wait)),
-            self._slow(methods.BATCH_UPDATE_BLOBS, cas.batch_update),
+            Endpoint(methods.BATCH_UPDATE_BLOBS, self._batch_update, keeps=True),
             self._messages(methods.GET_TREE, cas.get_tree),
             self._slow(methods.SPLIT_BLOB, cas.split),
             self._slow(methods.SPLICE_BLOB, cas.splice),
             Endpoint(methods.READ, self._read),
-            Endpoint(methods.WRITE, self._write),
-            self._slow(methods.QUERY_WRITE_STATUS, stream.query_write_status),
+            Endpoint(methods.WRITE, self._write, keeps=True),
+            Endpoint(methods.QUERY_WRITE_STATUS, self._query_write_status),
         ]
         if services.executions is not None:
             endpoints += self._executing(services.executions)
@@ -229,37 +276,127 @@ class Calls:
         except WouldWait:
             return await self._waiting.in_thread(lambda: reader.read(head=_head_of_piece))
 
-    async def _write(self, raws: AsyncIterator[bytes], context: Call) -> bytes:
-        client = context.client
-        async with self._places.one(client):
-            # Closed also when the client has vanished, which cancels this.
-            with closing(self._stream.begin_write(client)) as call:
-                return (await self._take(raws, call)).SerializeToString()
+    def _batch_update(self, raw: bytes, call: Call) -> Answer | Later:
+        batch = self._cas.read_batch(reapi.BatchUpdateBlobsRequest.FromString(raw))
+        left = len(batch.blobs)
+        if not left:
+            return batch.answer().SerializeToString()
+        client = Client(call.authorization, call.connection)
 
-    async def _take(self, raws: AsyncIterator[bytes], call: WriteCall) -> Message:
+        def settle(number: int, refused: Exception | None) -> None:
+            nonlocal left
+            if refused is not None:
+                batch.refused[number] = refused
+            left -= 1
+            if not left:
+                call.answer(batch.answer().SerializeToString())
+
+        for number, (digest, data) in batch.blobs.items():
+            self._gate.add(client, digest, data, partial(settle, number))
+        return LATER
+
+    def _query_write_status(self, raw: bytes, call: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
+        stream = self._stream
+        name = stream.parse(bytestream.QueryWriteStatusRequest.FromString(raw).resource_name)
+
+        def settle(refused: Exception | None) -> None:
+            call.answer(stream.status(name, is_here=refused is None).SerializeToString())
+
+        async def later() -> Answer:
+            is_here = await self._waiting.in_thread(stream.is_here, name)
+            return stream.status(name, is_here=is_here).SerializeToString()
+
+        if self._gate.join(Client(call.authorization, call.connection), name.digest, settle):
+            return LATER
+        try:
+            return stream.status(name, is_here=stream.is_here(name, may_wait=False)).SerializeToString()
+        except WouldWait:
+            return later()
+
+    def _write(self, messages: Messages, call: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
+        raw = messages.take()
+        if raw is None:
+            raise InvalidArgument("a stream without a message")
+        first = bytestream.WriteRequest.FromString(raw)
+        name = self._stream.parse(first.resource_name)
+        if self._stream.is_remembered(name):
+            return self._stream.whole_answer(name).SerializeToString()
+        small = SmallWrite.begin(name, first) if name.digest.size <= _WHOLE_MOST else None
+        if small is None:
+            return self._write_long(first, messages, call)
+        while not small.finished:
+            raw = messages.take()
+            if raw is None:
+                return self._gather(small, messages, call)
+            small.add(bytestream.WriteRequest.FromString(raw))
+        self._add_whole(small, call)
+        return LATER
+
+    def _add_whole(self, small: SmallWrite, call: Call) -> None:
+        stream, name = self._stream, small.name
+        stream.forget(name)
+
+        def settle(refused: Exception | None) -> None:
+            if refused is None:
+                stream.note(name)
+                call.answer(small.answer().SerializeToString())
+            else:
+                call.fail(refused)
+
+        self._gate.add(Client(call.authorization, call.connection), name.digest, small.plain(), settle)
+
+    async def _gather(self, small: SmallWrite, messages: Messages, call: Call) -> Answer:
+        """What of a small blob isn't here yet; one that isn't finished is parked as a long one is."""
+        while not small.finished:
+            try:
+                raw = await self._waiting.patiently(anext(messages))
+            except StopAsyncIteration:
+                return await self._write_long(small.so_far(), messages, call)
+            small.add(bytestream.WriteRequest.FromString(raw))
+        self._stream.forget(small.name)
+        done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        client = Client(call.authorization, call.connection)
+        self._gate.add(client, small.name.digest, small.plain(), partial(settle_future, done))
+        refused = await done
+        if refused is not None:
+            raise refused
+        self._stream.note(small.name)
+        return small.answer().SerializeToString()
+
+    async def _write_long(self, first: bytestream.WriteRequest, messages: Messages, call: Call) -> Answer:
+        async with self._gate.turn(Client(call.authorization, call.connection)):
+            call.streaming(1)
+            try:
+                # Closed also when the client has vanished, which cancels this.
+                with closing(self._stream.begin_write()) as write:
+                    return (await self._take(first, messages, write)).SerializeToString()
+            finally:
+                call.streaming(-1)
+
+    async def _take(self, request: bytestream.WriteRequest, messages: Messages, write: WriteCall) -> Message:
         while True:
             try:
-                raw = await self._waiting.patiently(anext(raws))
-            except StopAsyncIteration:
-                return call.end()
-            request = bytestream.WriteRequest.FromString(raw)
-            try:
-                answer = call.feed(request, may_wait=False)
+                answer = write.feed(request, may_wait=False)
             except WouldWait:
-                answer = await self._waiting.in_thread(call.feed, request)
+                answer = await self._waiting.in_thread(write.feed, request)
             if answer is not None:
                 return answer
+            try:
+                raw = await self._waiting.patiently(anext(messages))
+            except StopAsyncIteration:
+                return write.end()
+            request = bytestream.WriteRequest.FromString(raw)
 
 
 def _guarded(endpoint: Endpoint, access: Access) -> Endpoint:
     """The same for those who have the right to it."""
     inner, check, right = endpoint.begin, access.check, right_for(endpoint.method)
 
-    def begin(request: Any, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
+    def begin(request: Any, context: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
         check(context.authorization, right)
         return inner(request, context)
 
-    return Endpoint(endpoint.method, begin)
+    return endpoint._replace(begin=begin)
 
 
 def _serialize(message: Message | bytes) -> bytes:

@@ -7,6 +7,7 @@ WouldWait then; the others write or read disks and are for a thread.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -14,7 +15,6 @@ from google.protobuf.message import DecodeError
 from store.digest import Digest, DigestFunction
 from store.errors import MissingBlob, StoreError
 from store.presence import Finder, Name, Presence, WouldWait
-from store.uploads import Uploads
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.wire import read_find_missing, write_batch_read
 from tools.server.capabilities import MAX_BATCH_BYTES
@@ -38,18 +38,38 @@ class Question(NamedTuple):
     spellings: list[bytes]
 
 
+@dataclass(slots=True)
+class Batch:
+    """What a BatchUpdateBlobsRequest brings: `blobs` by their places there, and why others are `refused`."""
+
+    digests: list[reapi.Digest]
+    blobs: dict[int, tuple[Digest, bytes]] = field(default_factory=dict)
+    refused: dict[int, Exception] = field(default_factory=dict)
+
+    def answer(self) -> reapi.BatchUpdateBlobsResponse:
+        """A status for each. What isn't refused is durable."""
+        response = reapi.BatchUpdateBlobsResponse()
+        for number, digest in enumerate(self.digests):
+            answer = response.responses.add(digest=digest)
+            refused = self.refused.get(number)
+            if refused is None:
+                answer.status.SetInParent()
+            else:
+                answer.status.CopyFrom(as_status(refused))
+        return response
+
+
 class ContentAddressableStorage:
     """Answers for one store."""
 
     def __init__(
-        self, instances: Instances, presence: Presence, finder: Finder, downloads: Downloads, uploads: Uploads
+        self, instances: Instances, presence: Presence, finder: Finder, downloads: Downloads
     ) -> None:
         """`finder` knows what can be had, `presence` what is here."""
         self._instances = instances
         self._presence = presence
         self._finder = finder
         self._downloads = downloads
-        self._uploads = uploads
 
     def read_question(self, raw: bytes) -> Question:
         """What a serialized FindMissingBlobsRequest asks, as far as it is new. Never waits.
@@ -82,30 +102,19 @@ class ContentAddressableStorage:
             missing_blob_digests=[reapi.Digest(hash=hash_, size_bytes=size) for _, hash_, size in dict.fromkeys(absent)]
         ).SerializeToString()
 
-    def batch_update(self, request: reapi.BatchUpdateBlobsRequest) -> reapi.BatchUpdateBlobsResponse:
-        """Add blobs; a status for each. What has none is durable."""
+    def read_batch(self, request: reapi.BatchUpdateBlobsRequest) -> Batch:
+        """The blobs of a batch that may be stored. Raises what is wrong with all of it."""
         self._instances.check(request.instance_name)
         function = get_function(request.digest_function, (item.digest.hash for item in request.requests))
-        total = sum(max(len(item.data), item.digest.size_bytes) for item in request.requests)
-        _check_total(total)
-        failed: dict[int, Exception] = {}
-        blobs: list[tuple[Digest, bytes]] = []
+        _check_total(sum(max(len(item.data), item.digest.size_bytes) for item in request.requests))
+        batch = Batch([item.digest for item in request.requests])
         for number, item in enumerate(request.requests):
             try:
                 digest = read_digest(item.digest, function)
-                blobs.append((digest, _plain(item, digest)))
+                batch.blobs[number] = digest, _plain(item, digest)
             except (ServeError, StoreError) as error:
-                failed[number] = error
-        stored = iter(self._uploads.add_all(blobs))
-        response = reapi.BatchUpdateBlobsResponse()
-        for number, item in enumerate(request.requests):
-            refused = failed.get(number) or next(stored)
-            answer = response.responses.add(digest=item.digest)
-            if refused is None:
-                answer.status.SetInParent()
-            else:
-                answer.status.CopyFrom(as_status(refused))
-        return response
+                batch.refused[number] = error
+        return batch
 
     def batch_read(self, request: reapi.BatchReadBlobsRequest, *, may_wait: bool = True) -> bytes:
         """Blobs, and a status for each: a BatchReadBlobsResponse, serialized."""

@@ -1,4 +1,4 @@
-"""Uploads that are going on: how many a client has, and those whose client went away and may come back.
+"""Uploads that come piece by piece, and those of them whose client went away and may come back.
 
 An upload that broke off is *parked* under its resource's name: whoever goes on
 with it finds its bytes, its hash and its decompressor as they were left. It is
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -21,7 +21,6 @@ from store.errors import NoSpace
 from store.uploads import Upload, Uploads
 from tools.reapi.resource_names import Compression, ResourceName
 from tools.server.compression import Expander
-from tools.server.errors import Exhausted
 
 _PARK_SECONDS = 600.0
 T = TypeVar("T")
@@ -32,7 +31,6 @@ class Transfer:
     """One upload; `received` counts bytes as they came over the wire, so of a compressed one compressed ones."""
 
     name: ResourceName
-    client: str
     upload: Upload
     received: int = 0
     parked: float = 0.0
@@ -54,32 +52,19 @@ class Transfer:
 class Desk:
     """Where uploads are registered."""
 
-    def __init__(self, uploads: Uploads, most_per_client: int) -> None:
+    def __init__(self, uploads: Uploads) -> None:
         self._uploads = uploads
-        self.most_per_client = most_per_client
         self._lock = threading.Lock()
         # Under `_lock`:
-        self._open: Counter[str] = Counter()
         self._parked: OrderedDict[ResourceName, Transfer] = OrderedDict()
 
-    def begin(self, client: str, name: ResourceName) -> Transfer:
-        """Begin an upload. Raises Exhausted where the client has too many, NoSpace."""
-        return Transfer(name, client, self.admit(client, lambda: self._uploads.begin(name.digest)))
+    def begin(self, name: ResourceName) -> Transfer:
+        """Begin an upload. Raises NoSpace."""
+        return Transfer(name, self.admit(lambda: self._uploads.begin(name.digest)))
 
-    def admit(self, client: str, begin: Callable[[], T]) -> T:
-        """Begin something that the client has open until it is dismissed. Raises Exhausted, and what `begin` does."""
+    def admit(self, begin: Callable[[], T]) -> T:
+        """Begin something that takes space. Raises what `begin` does."""
         self._drop_old()
-        with self._lock:
-            if self._open[client] >= self.most_per_client:
-                raise Exhausted(f"this client has {self.most_per_client} uploads open already: finish one first")
-            self._open[client] += 1
-        try:
-            return self._begin(begin)
-        except BaseException:
-            self.dismiss(client)
-            raise
-
-    def _begin(self, begin: Callable[[], T]) -> T:
         try:
             return begin()
         except NoSpace:
@@ -106,26 +91,12 @@ class Desk:
             other = self._parked.pop(transfer.name, None)
             self._parked[transfer.name] = transfer
         if other is not None:
-            self.drop(other)
+            other.upload.discard()
 
-    def finish(self, transfer: Transfer) -> None:
-        """The client has sent all. Returns when the blob is durable; raises DigestMismatch, NoSpace."""
-        try:
-            transfer.upload.finish()
-        finally:
-            self.dismiss(transfer.client)
-
-    def drop(self, transfer: Transfer) -> None:
-        """Forget an upload."""
-        transfer.upload.discard()
-        self.dismiss(transfer.client)
-
-    def dismiss(self, client: str) -> None:
-        """The client has one less open."""
-        with self._lock:
-            self._open[client] -= 1
-            if not self._open[client]:
-                del self._open[client]
+    def forget(self, name: ResourceName) -> None:
+        """Drop what is parked of an upload, if anything is: all of it comes anew."""
+        if name in self._parked and (transfer := self.resume(name)) is not None:
+            transfer.upload.discard()
 
     def _drop_old(self, age: float = _PARK_SECONDS) -> int:
         limit = time.monotonic() - age
@@ -135,7 +106,7 @@ class Desk:
             while self._parked and next(iter(self._parked.values())).parked <= limit:
                 old.append(self._parked.popitem(last=False)[1])
         for transfer in old:
-            self.drop(transfer)
+            transfer.upload.discard()
         return len(old)
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, cast
 
 from store.errors import BadDigest
@@ -11,7 +12,7 @@ from tools.reapi import methods
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.methods import Method
-from tools.server.calls import Answer, Call, Endpoint
+from tools.server.calls import LATER, Answer, Call, Endpoint, Later, Messages
 from tools.server.metrics import Half, Metrics
 from tools.server.recent import Named, Recent
 from tools.server.requests import get_function, read_digest
@@ -33,8 +34,8 @@ class GrpcCounting:
         """The same endpoint, counted."""
         method = endpoint.method
 
-        def begin(request: Any, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
-            call = _Counted(context, request)
+        def begin(request: Any, context: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
+            call = _Counted(context, request, partial(self._note, method))
             try:
                 answer = endpoint.begin(call.request, call)
             except Exception as error:
@@ -43,9 +44,11 @@ class GrpcCounting:
             if answer is None or isinstance(answer, bytes):
                 self._note(method, call, "OK", answer)
                 return answer
-            return self._finish(method, call, answer)
+            if answer is LATER:
+                return answer
+            return self._finish(method, call, cast("Coroutine[Any, Any, Answer]", answer))
 
-        return Endpoint(method, begin)
+        return endpoint._replace(begin=begin)
 
     async def _finish(self, method: Method, call: _Counted, coming: Coroutine[Any, Any, Answer]) -> Answer:
         code, answer = "CANCELLED", None
@@ -99,28 +102,48 @@ def read_named(message: bytes, method: Method = methods.GET_ACTION_RESULT) -> Na
 
 
 class _Counted:
-    """A call, counted."""
+    """A call, counted; `note` is told how it ended where that comes later."""
 
-    def __init__(self, call: Call, request: Any) -> None:
+    def __init__(self, call: Call, request: Any, note: Callable[[_Counted, str, Answer], object]) -> None:
         self.begun = time.perf_counter()
         self.sent = 0
         self.authorization = call.authorization
+        self.client = call.client
+        self.connection = call.connection
+        self.streaming = call.streaming
         self._call = call
+        self._note = note
+        self.request = request
         if isinstance(request, bytes):
             self.received = len(request)
-            self.request: Any = request
         else:
             self.received = 0
-            self.request = self._count(request)
+            self._messages: Messages = request
+            self.request = self
 
-    @property
-    def client(self) -> str:
-        return self._call.client
+    def answer(self, message: Answer) -> None:
+        self._note(self, "OK", message)
+        self._call.answer(message)
 
-    async def _count(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for message in messages:
+    def fail(self, error: Exception) -> None:
+        self._note(self, codes.Code.Name(find_code(error)), None)
+        self._call.fail(error)
+
+    # As the messages of the request, where there are many.
+
+    def take(self) -> bytes | None:
+        message = self._messages.take()
+        if message is not None:
             self.received += len(message)
-            yield message
+        return message
+
+    def __aiter__(self) -> _Counted:
+        return self
+
+    async def __anext__(self) -> bytes:
+        message = await anext(self._messages)
+        self.received += len(message)
+        return message
 
     async def write(self, message: bytes) -> None:
         self.sent += len(message)

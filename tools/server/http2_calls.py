@@ -1,30 +1,40 @@
 """gRPC on HTTP/2: endpoints answering the streams of a connection, whose bytes somebody else moves.
 
-Messages have five bytes before them. What an endpoint answers at once costs no
-task and goes out with its status in one piece.
+Messages have five bytes before them. All that has come of a connection is parsed
+before any of its calls is begun, so that a call that was given up meanwhile
+costs nothing; a call is begun when its only message, or the first of many, is
+whole. What an endpoint answers at once, or says that it will answer later, costs
+no task and goes out with its status in one piece.
 """
 
 from __future__ import annotations
 
 import asyncio
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
+from itertools import count
 from struct import Struct
 from typing import Any, cast
 
 from tools.http2.connection import Connection
 from tools.http2.frames import ErrorCode
 from tools.http2.hpack import Header
-from tools.http2.stream import Stream
+from tools.http2.stream import STREAM_WINDOW, TURN_WINDOW, Stream
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated.status_pb2 import Status
-from tools.server.calls import Answer, Endpoint
+from tools.server.calls import LATER, Answer, Endpoint
 from tools.server.errors import Exhausted, InvalidArgument, TooSlow
 from tools.server.http2_heads import HEADERS, OK, Head, Routes, read_timeout, trailers_of
+from tools.server.load import Load
 from tools.server.status import as_status
 
 _PREFIX = Struct(">BI")
 _PREFIX_BYTES = 5
+_PARSE_BYTES = 16 << 10
+"""That are parsed between two looks at the clock."""
+_numbers = count(1)
 
 
 class _Call(Stream):
@@ -40,8 +50,11 @@ class _Call(Stream):
         "answering",
         "deadline",
         "heard",
+        "held",
         "left",
+        "message",
         "size",
+        "started",
         "task",
     )
 
@@ -60,6 +73,12 @@ class _Call(Stream):
         """Bytes of them."""
         self._advanced = 0
         """Bytes of it that were allowed before they came."""
+        self.started = False
+        """It is begun, or waits to be."""
+        self.message: bytes | None = None
+        """The only one, while it waits."""
+        self.held = 0
+        """Bytes that count as waiting."""
         self.task: asyncio.Task[None] | None = None
         self.deadline: asyncio.TimerHandle | None = None
         self.heard = 0.0
@@ -77,6 +96,25 @@ class _Call(Stream):
     @property
     def client(self) -> str:
         return self._owner.client
+
+    @property
+    def connection(self) -> int:
+        return self._owner.number
+
+    def answer(self, message: Answer) -> None:
+        """Answer what was to be answered later; harmless where nobody waits any more."""
+        self._owner.answer(self, message)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the client what went wrong; harmless where nobody waits any more."""
+        self._owner.fail(self, error)
+
+    def streaming(self, change: int) -> None:
+        """It has its turn (1), or is done with it (-1): its connection is read, whatever waits there."""
+        self._owner.streaming += change
+        if change > 0 and self.receiving:
+            self._owner.connection.allow(self, TURN_WINDOW - STREAM_WINDOW, least=0)
+            self._owner.ready_again()
 
     async def write(self, message: bytes) -> None:
         """Returns when the windows have taken all of it, and the socket wants more."""
@@ -205,24 +243,68 @@ class _Call(Stream):
 
 
 class ConnectionCalls:
-    """The calls of one connection. `send` moves its output; `send_soon` has that done a little later."""
+    """The calls of one connection.
+
+    `send` moves its output; `send_soon` has that done a little later; `ready` has `work` called when it is its turn.
+    """
 
     def __init__(
-        self, routes: Routes, client: str, send: Callable[[], object], send_soon: Callable[[], object]
+        self,
+        routes: Routes,
+        client: str,
+        send: Callable[[], object],
+        send_soon: Callable[[], object],
+        ready: Callable[[], object],
+        load: Load,
     ) -> None:
         self.routes = routes
         self.client = client
         self.send = send
+        self.ready_again = ready
+        self.number = next(_numbers)
+        """What tells connections apart, as long as the process lives."""
         self.loop = asyncio.get_running_loop()
         self.paused: asyncio.Event | None = None
         """The socket takes no more; set when it does again."""
+        self.streaming = 0
+        """Uploads that have their turn."""
         self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send_soon)
+        self._load = load
+        self._whole: deque[_Call] = deque()
+        """Calls that can be begun."""
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def work(self, seconds: float) -> bool:
+        """Parse what has come, then begin calls, for about so long; whether there is more to do now."""
+        clock = self.loop.time
+        end = clock() + seconds
+        connection, whole = self.connection, self._whole
+        parsing = connection.unparsed > 0
+        while True:
+            if parsing:
+                if self.streaming or not self._load.leave(self.number, self.ready_again):
+                    parsing = connection.parse(_PARSE_BYTES)
+                else:
+                    parsing = False
+            elif whole and self.paused is None:
+                self._begin(whole.popleft())
+            else:
+                return False
+            if clock() >= end:
+                return parsing or (bool(whole) and self.paused is None)
+
+    def end(self) -> None:
+        """The connection is over: what waits to be begun isn't, but what is whole of an upload."""
+        self.connection.end()
+        self._load.forget(self.number)
+        for call in self._whole:
+            self._begin(call)
+        self._whole.clear()
 
     @property
     def idle(self) -> bool:
         """Nothing is under way."""
-        return not self.connection.streams and not self._tasks
+        return not self.connection.streams and not self._tasks and not self._whole
 
     async def cancel(self) -> None:
         """End what is under way, and wait for that."""
@@ -242,7 +324,7 @@ class ConnectionCalls:
             if not call.heard or now - call.heard < most:
                 continue
             if call.trailers is None:
-                self._fail(call, TooSlow(f"no progress in {most:g} s"))
+                self.fail(call, TooSlow(f"no progress in {most:g} s"))
             else:
                 # A status would come behind what isn't taken.
                 self.connection.reset(call, ErrorCode.CANCEL)
@@ -262,13 +344,12 @@ class ConnectionCalls:
         endpoint = call.head.endpoint
         if endpoint is None:
             self.connection.out.send_trailers(call, call.head.refusal)
-        elif endpoint.method.streams_in:
-            call.add(b"", ended)
-            self._start(call, endpoint, call)
-        elif ended:
-            self._fail(call, InvalidArgument("there is no message in the request"))
-        else:
+        elif not ended:
             call.heard = self.loop.time()
+        elif endpoint.method.streams_in:
+            self.data(call, b"", True)
+        else:
+            self.fail(call, InvalidArgument("there is no message in the request"))
 
     def data(self, call: _Call, data: bytes, ended: bool) -> None:
         """Have it waited for, or answered."""
@@ -276,19 +357,26 @@ class ConnectionCalls:
         if endpoint is None:
             return
         call.add(data, ended)
-        if endpoint.method.streams_in:
+        if call.started:
             call.wake()
             return
         try:
-            message = call.take_only(ended)
+            if endpoint.method.streams_in:
+                whole = call.look() > 0 or ended
+            else:
+                call.message = call.take_only(ended)
+                whole = call.message is not None
         except Exception as error:  # noqa: BLE001 - told to the client
-            self._fail(call, error)
+            self.fail(call, error)
             return
-        if message is None:
+        if not whole:
             call.heard = self.loop.time()
-        else:
-            call.heard = 0.0
-            self._start(call, endpoint, message)
+            return
+        call.heard = 0.0
+        call.started = True
+        call.held = call.size if call.message is None else len(call.message)
+        self._load.hold(self.number, call.held)
+        self._whole.append(call)
 
     def broken(self, call: _Call) -> None:
         """Nobody waits for the answer."""
@@ -301,29 +389,46 @@ class ConnectionCalls:
 
     # How.
 
-    def _start(self, call: _Call, endpoint: Endpoint, request: bytes | AsyncIterator[bytes]) -> None:
+    def _begin(self, call: _Call) -> None:
+        self._load.release(self.number, call.held)
+        endpoint = cast("Endpoint", call.head.endpoint)
+        message, call.message = call.message, None
+        if self.connection.streams.get(call.id) is not call and not (endpoint.keeps and call.size):
+            # Given up before it was begun.
+            return
         try:
-            answer = endpoint.begin(request, call)
+            answer = endpoint.begin(call if message is None else message, call)
         except Exception as error:  # noqa: BLE001 - told to the client
-            self._fail(call, error)
+            self.fail(call, error)
+            return
+        if answer is LATER:
             return
         if answer is None or isinstance(answer, bytes):
-            self._answer(call, answer)
+            self.answer(call, answer)
             return
-        call.task = task = self.loop.create_task(self._finish(call, answer))
+        coming = cast("Coroutine[Any, Any, Answer]", answer)
+        if self.connection.streams.get(call.id) is not call:
+            coming.close()
+            return
+        call.task = task = self.loop.create_task(self._finish(call, coming))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._forget, coming))
         seconds = read_timeout(call.head.timeout)
         if seconds is not None:
             call.deadline = self.loop.call_later(seconds, self._expire, call)
+
+    def _forget(self, coming: Coroutine[Any, Any, Answer], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # A task that is cancelled before its first step never comes to what it would have awaited.
+        coming.close()
 
     async def _finish(self, call: _Call, coming: Coroutine[Any, Any, Answer]) -> None:
         try:
             answer = await coming
         except Exception as error:  # noqa: BLE001 - told to the client
-            self._fail(call, error)
+            self.fail(call, error)
         else:
-            self._answer(call, answer)
+            self.answer(call, answer)
         finally:
             if call.deadline is not None:
                 call.deadline.cancel()
@@ -334,7 +439,8 @@ class ConnectionCalls:
             call.task.cancel()
         self._end(call, trailers_of(Status(code=codes.DEADLINE_EXCEEDED, message="the call's own deadline")))
 
-    def _answer(self, call: _Call, answer: Answer) -> None:
+    def answer(self, call: _Call, answer: Answer) -> None:
+        """Send it, where somebody waits for it."""
         connection = self.connection
         if connection.streams.get(call.id) is not call:
             return
@@ -346,7 +452,8 @@ class ConnectionCalls:
         else:
             connection.out.answer(call, HEADERS, _PREFIX.pack(0, len(answer)) + answer, OK)
 
-    def _fail(self, call: _Call, error: Exception) -> None:
+    def fail(self, call: _Call, error: Exception) -> None:
+        """Say what went wrong, where somebody waits for it."""
         self._end(call, trailers_of(as_status(error)))
 
     def _end(self, call: _Call, trailers: bytes) -> None:

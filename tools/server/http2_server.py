@@ -14,10 +14,14 @@ from tools.server.calls import Endpoint
 from tools.server.http2_calls import ConnectionCalls
 from tools.server.http2_heads import Routes
 from tools.server.limits import GrpcLimits
+from tools.server.load import Load
 from tools.server.tls import Certificates
+from tools.server.turns import Turns
 
 _HIGH_WATER = 1 << 20
 """Bytes that wait for a socket, before calls wait to write."""
+_UNPARSED_HIGH = 64 << 10
+"""Bytes of a connection that were read and wait to be worked on, with which its socket is read no more."""
 _PING_SECONDS = 60.0
 _PING_GRACE = 20.0
 _FAREWELL_SECONDS = 1.0
@@ -34,6 +38,7 @@ class Http2Server:
         self._server: asyncio.Server | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
+        self.load = Load()
 
     async def start(self, address: Address, certificates: Certificates | None) -> int:
         """Take calls there, with TLS if there are `certificates`; returns the port. Raises StoreUnusable."""
@@ -42,9 +47,11 @@ class Http2Server:
             listening = listen(address)
         except OSError as error:
             raise StoreUnusable(f"can't listen at {address}: {error.strerror}") from error
+        loop = asyncio.get_running_loop()
+        turns = Turns(loop.time, loop.call_soon)
         try:
-            self._server = await asyncio.get_running_loop().create_server(
-                lambda: _Connection(self._routes, self._connections, self._note_lost),
+            self._server = await loop.create_server(
+                lambda: _Connection(self._routes, self._connections, self._note_lost, turns, self.load),
                 sock=listening,
                 ssl=context,
                 backlog=socket.SOMAXCONN,
@@ -101,7 +108,19 @@ class Http2Server:
 class _Connection(asyncio.Protocol):
     """One connection's socket."""
 
-    def __init__(self, routes: Routes, connections: set[_Connection], lost: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        routes: Routes,
+        connections: set[_Connection],
+        lost: Callable[[], object],
+        turns: Turns,
+        load: Load,
+    ) -> None:
+        self.debt = 0.0
+        self.queued = False
+        self._turns = turns
+        self._load = load
+        self._reading = True
         self._routes = routes
         self._all = connections
         self._lost = lost
@@ -122,17 +141,39 @@ class _Connection(asyncio.Protocol):
         if connected is not None and connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = transport.get_extra_info("peername")
-        self._calls = ConnectionCalls(self._routes, str(peer[0]) if peer else "", self._send, self._send_soon)
+        self._calls = ConnectionCalls(
+            self._routes, str(peer[0]) if peer else "", self._send, self._send_soon, self._ready, self._load
+        )
         self._connection = self._calls.connection
         self._all.add(self)
         self._send()
 
     def data_received(self, data: bytes) -> None:
-        """Work on it, and send at once what that gave."""
+        """Have it worked on when it is this connection's turn."""
         self._heard = self._loop.time()
+        self._connection.feed(data)
+        self._turns.add(self)
+        self._read_or_not()
+
+    def _ready(self) -> None:
+        self._turns.add(self)
+
+    def work(self, seconds: float) -> bool:
+        """Work on what came, for about so long, and send at once what that gave; whether there is more to do."""
         self._scheduled = True
-        self._connection.receive(data)
+        more = self._calls.work(seconds)
         self._send()
+        self._read_or_not()
+        return more
+
+    def _read_or_not(self) -> None:
+        reading = self._calls.paused is None and self._connection.unparsed < _UNPARSED_HIGH
+        if reading != self._reading and not self._transport.is_closing():
+            self._reading = reading
+            if reading:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         """The client says no more. Nor does it listen: no HTTP/2 client does only one of them."""
@@ -140,7 +181,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """It is over."""
-        self._connection.end()
+        self._calls.end()
         if self._calls.paused is not None:
             self._calls.paused.set()
         self._all.discard(self)
@@ -150,15 +191,15 @@ class _Connection(asyncio.Protocol):
         """Who doesn't read isn't read: what it asked for would pile up here."""
         self._paused_since = self._loop.time()
         self._calls.paused = asyncio.Event()
-        self._transport.pause_reading()
+        self._read_or_not()
 
     def resume_writing(self) -> None:
         """Go on."""
         if self._calls.paused is not None:
             self._calls.paused.set()
             self._calls.paused = None
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        self._read_or_not()
+        self._turns.add(self)
 
     # For the server.
 

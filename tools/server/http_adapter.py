@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import closing, suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -38,7 +39,8 @@ from tools.server.errors import (
     Unauthenticated,
     Unsized,
 )
-from tools.server.http_cache import Content, HttpCache, Intake
+from tools.server.gate import Client, Gate
+from tools.server.http_cache import SMALL, Content, HttpCache, Intake
 from tools.server.http_names import CacheName, Kind, accepts_zstd, is_host, matches, parse_cache_path, parse_range
 from tools.server.http_status import find_http_status
 from tools.server.metrics import Half, Metrics
@@ -46,6 +48,7 @@ from tools.server.pages import Page, Pages
 from tools.server.recent import Recent
 from tools.server.sending import Sending
 from tools.server.status import as_status, log
+from tools.server.storing import settle_future
 from tools.server.waiting import FETCH_THREADS, Waiting
 
 _SEND = 1 << 20
@@ -68,6 +71,7 @@ class HttpAdapter:
         pages: Pages,
         access: Access,
         waiting: Waiting,
+        gate: Gate,
         metrics: Metrics,
         recent: Recent,
         names: Collection[str] | None,
@@ -77,6 +81,7 @@ class HttpAdapter:
         self._pages = pages
         self._access = access
         self._waiting = waiting
+        self._gate = gate
         self._fetching = Waiting(waiting.idle_seconds, FETCH_THREADS)
         self._metrics = metrics
         self._recent = recent
@@ -245,15 +250,47 @@ class HttpAdapter:
                 await self._waiting.patiently(response.write(data))
 
     async def _put(self, request: web.BaseRequest, name: CacheName) -> web.StreamResponse:
-        _acknowledge(request)
         size = _body_size(request)
         compressed = _is_compressed(request)
-        client = str(request.remote)
+        client = Client(request.headers.get(hdrs.AUTHORIZATION), id(request.transport))
+        self._metrics.note_upload(1)
+        try:
+            if name.kind is Kind.CAS and not compressed and size is not None and size <= SMALL:
+                await self._put_small(request, name, client)
+            else:
+                async with self._gate.turn(client):
+                    await self._put_long(request, name, size, compressed)
+        finally:
+            self._metrics.note_upload(-1)
+        if name.kind is Kind.AC:
+            self._note(name, "stored")
+        return web.Response(status=HTTPStatus.OK)
+
+    async def _put_small(self, request: web.BaseRequest, name: CacheName, client: Client) -> None:
+        """A blob that is gathered in memory, and stored together with others."""
+        _acknowledge(request)
+        await _continue(request)
+        parts = []
+        while data := await self._waiting.patiently(_read_body(request)):
+            parts.append(data)
+        data = b"".join(parts)
+        self._metrics.note_bytes("http", len(data), 0)
+        digest = self._cache.read_whole(name, data)
+        if self._cache.is_remembered(name):
+            return
+        done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self._gate.add(client, digest, data, partial(settle_future, done))
+        refused = await done
+        if refused is not None:
+            raise refused
+        self._cache.note(digest)
+
+    async def _put_long(self, request: web.BaseRequest, name: CacheName, size: int | None, compressed: bool) -> None:
+        _acknowledge(request)
         intake = await self._waiting.in_thread(
-            lambda: self._cache.begin_put(name, client, size, compressed=compressed),
+            lambda: self._cache.begin_put(name, size, compressed=compressed),
             dropped=lambda late: late.discard(),
         )
-        self._metrics.note_upload(1)
         try:
             await self._take(request, intake)
             await self._fetching.in_thread(intake.finish)
@@ -261,15 +298,9 @@ class HttpAdapter:
             # Also when the client has vanished, which shows as an error of its body.
             intake.discard()
             raise
-        finally:
-            self._metrics.note_upload(-1)
-        if name.kind is Kind.AC:
-            self._note(name, "stored")
-        return web.Response(status=HTTPStatus.OK)
 
     async def _take(self, request: web.BaseRequest, intake: Intake) -> None:
-        if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await _continue(request)
         gathered = bytearray()
         while data := await self._waiting.patiently(_read_body(request)):
             self._metrics.note_bytes("http", len(data), 0)
@@ -313,6 +344,11 @@ class _Bytes:
 
     def close(self) -> None:
         pass
+
+
+async def _continue(request: web.BaseRequest) -> None:
+    if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _acknowledge(request: web.BaseRequest) -> None:

@@ -27,10 +27,10 @@ from typing import Protocol
 
 from store.action_cache import ActionCache, action_key
 from store.digest import Digest, DigestFunction
-from store.errors import MissingBlob
+from store.errors import DigestMismatch, MissingBlob
 from store.presence import Presence, WouldWait, as_name
 from store.quota import Reservation, Space
-from store.uploads import Uploads
+from store.uploads import Upload, Uploads
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.server.actions import ActionResults
 from tools.server.compression import Expander
@@ -177,44 +177,58 @@ class HttpCache:
         self._actions.touch(key, time.time())
         return _content(descriptor, os.fstat(descriptor).st_size, "", may_wait=True)
 
-    def begin_put(self, name: CacheName, client: str, size: int | None, *, compressed: bool) -> Intake:
+    def is_remembered(self, name: CacheName) -> bool:
+        """Whether a blob of that hash was lately found here, or brought. Never waits."""
+        digest = self._presence.find_hashed(name.hash)
+        return digest is not None and self._presence.remembers(as_name(digest))
+
+    def read_whole(self, name: CacheName, data: bytes) -> Digest:
+        """What a blob is, all of whose bytes came under a name. Raises DigestMismatch."""
+        self._instances.check(name.instance)
+        found = [function.of(data) for function in DigestFunction]
+        for digest in found:
+            if digest.hash == name.hash:
+                return digest
+        raise DigestMismatch(
+            f"the bytes offered as {name.hash.hex()} are {' and '.join(map(str, found))}; nothing was stored"
+        )
+
+    def note(self, digest: Digest) -> None:
+        """The blob has become durable."""
+        self._presence.note([as_name(digest)])
+
+    def begin_put(self, name: CacheName, size: int | None, *, compressed: bool) -> Intake:
         """Begin to take what shall have that name; `size`: of the body, if that is known.
 
-        Raises TooLarge, Exhausted, NoSpace, BadName.
+        Raises TooLarge, NoSpace, BadName.
         """
         self._instances.check(name.instance)
         if size is not None and size > self._most:
             raise TooLarge(f"{size} bytes: {self._most} are the most (--max-body)")
         plain = 0 if compressed or size is None else size
         if name.kind is Kind.CAS:
-            intake, most = self._begin_blob(name.hash, client, plain), self._most
+            intake, most = self._begin_blob(name.hash, plain), self._most
         elif self.validates:
             intake, most = _Result(partial(self._put_result, name)), min(self._most, RESULT_BYTES_MOST)
         else:
-            intake, most = self._begin_opaque(name, client, plain), self._most
+            intake, most = self._begin_opaque(name, plain), self._most
         bounded = _Bounded(intake, most)
         return _Expanding(bounded) if compressed else bounded
 
-    def _begin_blob(self, hash_: bytes, client: str, size: int) -> Intake:
+    def _begin_blob(self, hash_: bytes, size: int) -> Intake:
         there = self._presence.find_hashed(hash_)
         if there is not None and not self._presence.find_absent((as_name(there),)):
             return _Nothing()
-        upload = self._desk.admit(client, lambda: self._uploads.begin_hashed(hash_, size))
+        upload = self._desk.admit(lambda: self._uploads.begin_hashed(hash_, size))
+        return _Blob(upload, self._presence)
 
-        def finish() -> None:
-            self._presence.note([as_name(upload.finish())])
-
-        return _Counted(upload.write, finish, upload.discard, lambda: self._desk.dismiss(client))
-
-    def _begin_opaque(self, name: CacheName, client: str, size: int) -> Intake:
-        reservation = self._desk.admit(client, lambda: self._space.reserve(size))
+    def _begin_opaque(self, name: CacheName, size: int) -> Intake:
+        reservation = self._desk.admit(lambda: self._space.reserve(size))
         try:
-            opaque = _Opaque(self._actions, _opaque_key(name), reservation)
+            return _Opaque(self._actions, _opaque_key(name), reservation)
         except BaseException:
             reservation.release()
-            self._desk.dismiss(client)
             raise
-        return _Counted(opaque.write, opaque.finish, opaque.discard, lambda: self._desk.dismiss(client))
 
     def remove(self, name: CacheName) -> None:
         """Remove a result. Raises NotThere, and NotAllowed for a blob: others may need it."""
@@ -265,36 +279,17 @@ class _Nothing:
         pass
 
 
-class _Counted:
-    """An upload that its client has open until it ends, however it does."""
+class _Blob:
+    """An upload whose blob counts as found when it is durable."""
 
-    def __init__(
-        self,
-        write: Callable[[bytes], None],
-        finish: Callable[[], object],
-        discard: Callable[[], object],
-        ended: Callable[[], object],
-    ) -> None:
-        self.write = write
-        self._finish = finish
-        self._discard = discard
-        self._ended: Callable[[], object] | None = ended
+    def __init__(self, upload: Upload, presence: Presence) -> None:
+        self.write = upload.write
+        self.discard = upload.discard
+        self._upload = upload
+        self._presence = presence
 
     def finish(self) -> None:
-        try:
-            self._finish()
-        finally:
-            self._end()
-
-    def discard(self) -> None:
-        if self._ended is not None:
-            self._discard()
-            self._end()
-
-    def _end(self) -> None:
-        ended, self._ended = self._ended, None
-        if ended is not None:
-            ended()
+        self._presence.note([as_name(self._upload.finish())])
 
 
 class _Opaque:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from store.repository import Store
 from tools.server.access import Access
+from tools.server.gate import Gate
 from tools.server.grpc_counting import GrpcCounting, read_named
 from tools.server.http_adapter import HttpAdapter
 from tools.server.http_cache import HttpCache
@@ -40,6 +41,7 @@ class HttpParts:
         access: Access,
         limits: HttpLimits,
         drain_seconds: float,
+        gate: Gate,
         *,
         validate: bool,
         most: int,
@@ -66,5 +68,5 @@ class HttpParts:
             self.metrics.watch_queue(services.scheduler.statistics)
         pages = Pages(store, services.downloads, self._sizes, self.metrics, self._recent, services.scheduler)
         waiting = Waiting(limits.idle_seconds)
-        adapter = HttpAdapter(cache, pages, access, waiting, self.metrics, self._recent, names)
+        adapter = HttpAdapter(cache, pages, access, waiting, gate, self.metrics, self._recent, names)
         return HttpServer(adapter, limits, self._recent, drain_seconds)

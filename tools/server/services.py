@@ -31,7 +31,6 @@ class ServiceOptions:
     instances: tuple[str, ...] = ()
     read_only: bool = False
     limits: Limits | None = None
-    uploads_per_client: int = 256
     write_back: bool = False
     """What clients bring goes to the upstream, too."""
     executes: bool = False
@@ -58,7 +57,7 @@ class Services:
         self.space = store.limit(options.limits, collected)
         self.write_back: WriteBack | None = None
         self.uploads = store.uploads(self.space, self._note_added)
-        self.desk = Desk(self.uploads, options.uploads_per_client)
+        self.desk = Desk(self.uploads)
         self.downloads = Downloads(store.blobs, store.presence, store.hydrator)
         self.capabilities = Capabilities(
             instances,
@@ -70,7 +69,7 @@ class Services:
         self.finder: Finder = reachable or store.presence
         finder = self.finder
         self.find_seen: Callable[[bytes], Digest | None] = reachable.find_seen if reachable else lambda hash_: None
-        self.cas = ContentAddressableStorage(instances, store.presence, finder, self.downloads, self.uploads)
+        self.cas = ContentAddressableStorage(instances, store.presence, finder, self.downloads)
         self.results = results = ActionResults(instances, store.actions, finder, self.downloads, self.space)
         self.actions: Actions = results
         if upstream is not None:

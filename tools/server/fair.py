@@ -1,0 +1,53 @@
+"""Whose turn is next: first among tokens, then among the connections of one, then in the order of arrival.
+
+Not among addresses: a whole company may come from one, through a proxy. So one
+token with many connections gets no more than one with few, and where there are
+no tokens connections share alike.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """Items of owners, which are grouped by tokens. Used in the loop's thread."""
+
+    def __init__(self) -> None:
+        self._tokens: OrderedDict[str | None, OrderedDict[int, deque[T]]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def push(self, token: str | None, owner: int, item: T) -> None:
+        """Behind what that owner has there."""
+        owners = self._tokens.get(token)
+        if owners is None:
+            owners = self._tokens[token] = OrderedDict()
+        waiting = owners.get(owner)
+        if waiting is None:
+            waiting = owners[owner] = deque()
+        waiting.append(item)
+        self._count += 1
+
+    def pop(self) -> T:
+        """The next one; its token and its owner go to the end. Raises IndexError where there is none."""
+        if not self._count:
+            raise IndexError("nothing waits")
+        token, owners = next(iter(self._tokens.items()))
+        owner, waiting = next(iter(owners.items()))
+        item = waiting.popleft()
+        self._count -= 1
+        if waiting:
+            owners.move_to_end(owner)
+        else:
+            del owners[owner]
+        if owners:
+            self._tokens.move_to_end(token)
+        else:
+            del self._tokens[token]
+        return item

@@ -1,0 +1,163 @@
+"""The one gate for uploads, whichever door they come through: what is begun is finished before more is begun.
+
+    gate.add(client, digest, data, settle)      a blob that came whole
+    async with gate.turn(client): ...           one that comes piece by piece
+
+Whole blobs go to the store's threads as long as they have room, and wait here in a
+fair queue when they have none. Their bytes came already, so they are stored whether or
+not somebody still waits: that makes each retry cheaper. Two uploads of one blob
+are stored once. Uploads that come piece by piece have so many turns; what waits
+for one has its flow-control window closed, and costs its first bytes.
+
+Nothing is refused here for want of room: who waits is bounded by
+`tools.server.load`, and gives up by its own deadline.
+
+Used in the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import NamedTuple
+
+from store.digest import Digest
+from store.errors import DigestMismatch, StoreUnusable
+from tools.server.fair import FairQueue
+from tools.server.storing import Settle, Store, Storing, Whole
+from tools.server.load import Load
+
+_BLOBS_MOST = 2048
+_BYTES_MOST = 16 << 20
+"""That the store's threads has at a time: enough for two groups, and few enough that the last of them doesn't wait long."""
+
+
+class Client(NamedTuple):
+    """For whom something waits."""
+
+    token: str | None
+    connection: int
+
+
+class _Bringer(NamedTuple):
+    """Who waits for a blob, and the bytes that it brought; None of who only asks what becomes of it."""
+
+    client: Client
+    data: bytes | None
+    settle: Settle
+
+
+class Gate:
+    """Of one loop. `load`: what waits here, and before it."""
+
+    def __init__(self, store: Store, load: Load, turns: int) -> None:
+        """`turns`: uploads that come piece by piece and are taken at a time."""
+        self.load = load
+        self._storing = Storing(store, self._pump)
+        self._coming: dict[Digest, deque[_Bringer]] = {}
+        """Blobs that wait or are being stored: the first one's bytes are, the others wait for what becomes of them."""
+        self._whole: FairQueue[Digest] = FairQueue()
+        self._free = turns
+        self._turns: FairQueue[asyncio.Future[None]] = FairQueue()
+
+    @property
+    def waiting(self) -> int:
+        """Whole blobs that wait for room."""
+        return len(self._whole)
+
+    @property
+    def waiting_turns(self) -> int:
+        """Uploads that wait for a turn."""
+        return len(self._turns)
+
+    @property
+    def storing(self) -> int:
+        """Blobs that the store's threads has."""
+        return self._storing.blobs
+
+    def add(self, client: Client, digest: Digest, data: bytes, settle: Settle) -> None:
+        """Have a blob stored; `settle` is called when it is durable, or refused."""
+        self._wait(digest, _Bringer(client, data, settle))
+
+    def join(self, client: Client, digest: Digest, settle: Settle) -> bool:
+        """Have `settle` called when that blob is stored or refused, if it is on its way."""
+        if digest not in self._coming:
+            return False
+        self._wait(digest, _Bringer(client, None, settle))
+        return True
+
+    def _wait(self, digest: Digest, bringer: _Bringer) -> None:
+        self.load.hold(bringer.client.connection, len(bringer.data or b""))
+        waiting = self._coming.get(digest)
+        if waiting is not None:
+            waiting.append(bringer)
+            return
+        self._coming[digest] = deque((bringer,))
+        self._whole.push(bringer.client.token, bringer.client.connection, digest)
+        if len(self._whole) == 1:
+            self._pump()
+
+    @property
+    def _has_room(self) -> bool:
+        return self._storing.blobs < _BLOBS_MOST and self._storing.bytes < _BYTES_MOST
+
+    def _pump(self) -> None:
+        while self._whole and self._has_room:
+            digest = self._whole.pop()
+            bringer = self._coming[digest][0]
+            self.load.release(bringer.client.connection, len(bringer.data or b""))
+            self._storing.add(Whole(digest, bringer.data or b"", partial(self._settle, digest)))
+
+    def _settle(self, digest: Digest, refused: Exception | None) -> None:
+        waiting = self._coming[digest]
+        waiting.popleft().settle(refused)
+        while waiting:
+            following = waiting.popleft()
+            if following.data is not None and isinstance(refused, DigestMismatch):
+                # The first one's bytes were wrong; that says nothing of these.
+                waiting.appendleft(following)
+                self._whole.push(following.client.token, following.client.connection, digest)
+                return
+            self.load.release(following.client.connection, len(following.data or b""))
+            following.settle(refused)
+        del self._coming[digest]
+
+    @asynccontextmanager
+    async def turn(self, client: Client) -> AsyncIterator[None]:
+        """Have one of the turns; waits for it."""
+        if self._free:
+            self._free -= 1
+        else:
+            mine = asyncio.get_running_loop().create_future()
+            self._turns.push(client.token, client.connection, mine)
+            try:
+                await mine
+            except asyncio.CancelledError:
+                if mine.done() and not mine.cancelled():
+                    self._pass_on()
+                raise
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._turns:
+            following = self._turns.pop()
+            if not following.done():
+                following.set_result(None)
+                return
+        self._free += 1
+
+    def close(self) -> None:
+        """Store what the store's threads has; what waits before it is given up."""
+        self._storing.close()
+        ending = StoreUnusable("this server is ending")
+        while self._whole:
+            digest = self._whole.pop()
+            for bringer in self._coming.pop(digest, ()):
+                self.load.release(bringer.client.connection, len(bringer.data or b""))
+                bringer.settle(ending)

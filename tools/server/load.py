@@ -1,0 +1,81 @@
+"""What a server has taken in and isn't done with: bounded, and every connection's part of it known.
+
+Where there is too much, connections that have something waiting here aren't
+read on: what else they want stays with the kernel and the client, and costs
+nothing here. Those that have nothing waiting are always read, so the bound is
+passed by a few calls a connection. What is done makes room, and connections
+are read on in the order in which they were left.
+
+Used in the loop's thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+
+_CALLS_MOST = 20_000
+_BYTES_MOST = 48 << 20
+_OWN_LEAST = 4
+"""Calls that a connection may have waiting, however much there is."""
+_AT_A_TIME = 16
+"""Calls that a connection is likely to bring when it is read on."""
+
+
+class Load:
+    """Of one loop. `calls`: those that are whole and wait for their turn; `bytes`: of them."""
+
+    def __init__(self, calls_most: int = _CALLS_MOST, bytes_most: int = _BYTES_MOST) -> None:
+        self.calls = 0
+        self.bytes = 0
+        self._calls_most = calls_most
+        self._bytes_most = bytes_most
+        self._own: Counter[Hashable] = Counter()
+        self._left: dict[Hashable, Callable[[], object]] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing more should be taken in where that can be helped."""
+        return self.calls >= self._calls_most or self.bytes >= self._bytes_most
+
+    @property
+    def left(self) -> int:
+        """Connections that aren't read on."""
+        return len(self._left)
+
+    def hold(self, owner: Hashable, size: int) -> None:
+        """A call of `owner` with so many bytes begins to wait."""
+        self.calls += 1
+        self.bytes += size
+        self._own[owner] += 1
+
+    def release(self, owner: Hashable, size: int) -> None:
+        """It waits no more."""
+        self.calls -= 1
+        self.bytes -= size
+        if self._own[owner] > 1:
+            self._own[owner] -= 1
+        else:
+            del self._own[owner]
+        if self._left:
+            self._read_on()
+
+    def leave(self, owner: Hashable, again: Callable[[], object]) -> bool:
+        """Whether `owner` shouldn't be read on for now; `again` is called when it should."""
+        if not self.is_full or self._own[owner] < _OWN_LEAST:
+            return False
+        self._left.setdefault(owner, again)
+        return True
+
+    def forget(self, owner: Hashable) -> None:
+        """It is gone; what it has waiting is released all the same."""
+        self._left.pop(owner, None)
+
+    def _read_on(self) -> None:
+        room = self._calls_most - self._calls_most // 10 - self.calls
+        if self.bytes >= self._bytes_most - self._bytes_most // 10:
+            return
+        while room > 0 and self._left:
+            owner = next(iter(self._left))
+            self._left.pop(owner)()
+            room -= _AT_A_TIME
