@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from tools.upstream.options import UpstreamOptions
 
 
-GRPC_TRANSPORTS = ("http2", "grpcio")
-"""What may move a server's gRPC messages."""
 PREFETCH = ("none", "all", "profile")
 """Which inputs a worker may fetch before an action starts."""
 
@@ -65,7 +63,6 @@ class Settings(NamedTuple):
     serve_tokens: Path | None = None
     serve_insecure: bool = False
     serve_write_back: bool = False
-    serve_grpc_transport: str = "http2"
     serve_max_message: int = 16 << 20
     serve_max_streams: int = 1000
     serve_max_uploads: int = 256
@@ -233,7 +230,6 @@ KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "serve.tokens": ("serve_tokens", _path),
     "serve.insecure": ("serve_insecure", _yes_or_no),
     "serve.write-back": ("serve_write_back", _yes_or_no),
-    "serve.grpc-transport": ("serve_grpc_transport", _one_of(*GRPC_TRANSPORTS)),
     "serve.max-message": ("serve_max_message", _size),
     "serve.max-streams": ("serve_max_streams", _number(1, 1_000_000)),
     "serve.max-uploads": ("serve_max_uploads", _number(1, 1_000_000)),

@@ -72,6 +72,7 @@ def test_the_defaults_in_the_example_are_the_defaults(tmp_path: Path) -> None:
         ("[gc]\nhigh = -1", "a text in quotes"),
         ("[gc]\ngrace = 'soon'", "not a duration"),
         ("gc = 3", "unknown key 'gc'"),
+        ("[serve]\ngrpc-transport = 'grpcio'", "unknown key 'serve.grpc-transport'"),
         ("= = =", "not TOML"),
         ("\xff", "not TOML"),
     ],

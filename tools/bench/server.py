@@ -1,7 +1,7 @@
 """The remote cache over gRPC: calls a second, how long they take, and the server's CPU for each; ghz is the client.
 
     casfs          `casfs serve`, one process, everything durable before it is acknowledged
-    bare grpcio    a server of the same library that does nothing: answers lie ready, requests aren't parsed
+    bare grpcio    a server of grpcio that does nothing: answers lie ready, requests aren't parsed
 
 One call at a time, and 32 in flight over 4 connections; ghz has the same cores, and where it makes new blobs for each
 call (Write) that costs it more than the bare server. What bazel-remote 2.x did on a machine like ours

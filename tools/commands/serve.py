@@ -12,7 +12,7 @@ from store.quota import Limits
 from tools.commands import complete
 from tools.commands._upstream import add_upstream_arguments, apply_upstream
 from tools.commands._worker import add_worker_arguments, worker_options
-from tools.config import GRPC_TRANSPORTS, Settings
+from tools.config import Settings
 from tools.output import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -90,11 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_worker_arguments(parser)
     parser.add_argument("--insecure", action="store_true", default=None, help="serve plain text to other machines, too")
-    parser.add_argument(
-        "--grpc-transport",
-        choices=GRPC_TRANSPORTS,
-        help="what moves gRPC's messages: casfs's own HTTP/2, or the C library, at more CPU a call (default: http2)",
-    )
     parser.add_argument("--max-message", metavar="SIZE", help="bytes of one message (default: 16MiB)")
     parser.add_argument("--max-streams", metavar="N", type=int, help="calls at a time of a connection (default: 1000)")
     parser.add_argument(
@@ -147,7 +142,6 @@ def _options(args: argparse.Namespace, settings: Settings) -> ServeOptions:
         tls=_tls(args, settings),
         tokens=_either(args.tokens, settings.serve_tokens),
         insecure=_either(args.insecure, settings.serve_insecure),
-        transport=_either(args.grpc_transport, settings.serve_grpc_transport),
         message_bytes=_positive(message, "--max-message", (1 << 31) - 1),
         streams=_positive(_either(args.max_streams, settings.serve_max_streams), "--max-streams"),
         idle_seconds=_duration(args.idle_timeout, settings.serve_idle_timeout, "--idle-timeout"),

@@ -3,6 +3,6 @@
 A service knows no transport: it takes a message, returns one or raises an
 error of `tools.server.errors` or of the store, and `tools.server.status` says
 which code that is. `tools.server.services` makes them for a store;
-`tools.server.calls` says how each method is called, and `http2_server` (our
-own) or `grpc_adapter` (grpcio's) move the messages.
+`tools.server.calls` says how each method is called, and `http2_server` moves
+the messages.
 """

@@ -1,4 +1,4 @@
-"""What one client can take of a gRPC server, whatever its transport."""
+"""What one client can take of a gRPC server."""
 
 from __future__ import annotations
 

@@ -71,8 +71,6 @@ class ServeOptions:
     insecure: bool = False
     message_bytes: int = 16 << 20
     streams: int = 1000
-    transport: str = "http2"
-    """What moves gRPC's messages: one of `tools.config.GRPC_TRANSPORTS`."""
     idle_seconds: float = 60.0
     drain_seconds: float = DRAIN_SECONDS
     http_address: Address | None = None
@@ -319,7 +317,7 @@ async def _serving_grpc(
 
     limits = GrpcLimits(message_bytes=options.message_bytes, streams=options.streams, idle_seconds=options.idle_seconds)
     wrap: Wrap = (lambda endpoint: endpoint) if counting is None else counting.wrap
-    server = GrpcServer(services, guards, limits, wrap, options.transport)
+    server = GrpcServer(services, guards, limits, wrap)
     try:
         await server.start(options.address, guards.certificates)
         yield

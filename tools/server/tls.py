@@ -20,11 +20,8 @@ class TlsFiles:
 
 
 class Tls(NamedTuple):
-    """The contents of the files, and the same as OpenSSL has them: for HTTP/1.1, and for HTTP/2."""
+    """The files as OpenSSL has them: for HTTP/1.1, and for HTTP/2."""
 
-    certificate: bytes
-    key: bytes
-    authority: bytes | None
     context: ssl.SSLContext
     http2: ssl.SSLContext
 
@@ -34,8 +31,7 @@ def read_tls(files: TlsFiles) -> Tls:
     try:
         context, http2 = _make_context(files), _make_context(files)
         http2.set_alpn_protocols(["h2"])
-        authority = files.client_ca.read_bytes() if files.client_ca is not None else None
-        return Tls(files.certificate.read_bytes(), files.key.read_bytes(), authority, context, http2)
+        return Tls(context, http2)
     except (OSError, ValueError) as error:
         raise BadInput(f"can't use the TLS files: {error.strerror if isinstance(error, OSError) else error}") from error
 

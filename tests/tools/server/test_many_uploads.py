@@ -44,7 +44,7 @@ async def upload(address: str, blobs: list[bytes], piece: int) -> list[int]:
 @pytest.mark.parametrize(
     ("count", "size", "piece", "options"),
     [
-        # The C library by itself ends some of the calls that wait, when there are more than a thousand.
+        # However many wait, none is ended for it: a server on gRPC's C library ends some beyond a thousand.
         (4000, 30, 1000, ()),
         # Uploads that are open while others begin: what is beyond the limit waits for its turn.
         (400, 3000, 1000, ("--max-uploads", "4")),

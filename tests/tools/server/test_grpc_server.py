@@ -1,4 +1,4 @@
-"""What both gRPC transports have to do alike; the conformance suite has the rest, on the default one."""
+"""A gRPC server as a whole: refusals, counting, health and reflection; the conformance suite has the rest."""
 
 from __future__ import annotations
 
@@ -26,19 +26,13 @@ SERVING, NOT_SERVING = health.HealthCheckResponse.SERVING, health.HealthCheckRes
 CAS = methods.FIND_MISSING_BLOBS.service
 
 
-@pytest.fixture(scope="module", params=["http2", "grpcio"])
-def transport(request: pytest.FixtureRequest) -> str:
-    """The transport's name."""
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
-def server(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One with that transport that wants a token, takes small messages, and counts."""
-    directory = tmp_path_factory.mktemp("transport")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that wants a token, takes small messages, and counts."""
+    directory = tmp_path_factory.mktemp("server")
     tokens = directory / "tokens"
     tokens.write_text("write write-token\nread read-token\n")
-    options: list[str | Path] = ["--grpc-transport", transport, "--tokens", tokens, "--max-message", "1MiB"]
+    options: list[str | Path] = ["--tokens", tokens, "--max-message", "1MiB"]
     with running(Casfs(directory), *options, "--http-listen", "127.0.0.1:0") as server:
         yield server
 
@@ -97,9 +91,9 @@ def test_health_needs_no_token(server: Server) -> None:
         states.cancel()
 
 
-def test_who_watches_is_told_of_the_end(tmp_path: Path, transport: str) -> None:
+def test_who_watches_is_told_of_the_end(tmp_path: Path) -> None:
     with (
-        running(Casfs(tmp_path), "--grpc-transport", transport, "--drain-timeout", "1s") as ending,
+        running(Casfs(tmp_path), "--drain-timeout", "1s") as ending,
         connected(ending) as client,
     ):
         states = client.call(WATCH, health.HealthCheckRequest())
