@@ -65,7 +65,7 @@ class Settings(NamedTuple):
     serve_write_back: bool = False
     serve_max_message: int = 16 << 20
     serve_max_streams: int = 1000
-    serve_max_uploads: int = 256
+    serve_max_uploads: int = 64
     serve_idle_timeout: int = 60
     serve_drain_timeout: int = 20
     serve_execute: bool = False

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-message", metavar="SIZE", help="bytes of one message (default: 16MiB)")
     parser.add_argument("--max-streams", metavar="N", type=int, help="calls at a time of a connection (default: 1000)")
     parser.add_argument(
-        "--max-uploads", metavar="N", type=int, help="open uploads of one client; others wait (default: 256)"
+        "--max-uploads", metavar="N", type=int, help="large uploads that are taken at a time; others wait (default: 64)"
     )
     parser.add_argument(
         "--idle-timeout", metavar="DURATION", help="end a stream without progress for so long (default: 60s)"
@@ -134,7 +134,6 @@ def _options(args: argparse.Namespace, settings: Settings) -> ServeOptions:
             limits=None if max_size is None else Limits.below(_positive(max_size, "--max-size"), grace),
             write_back=_either(args.write_back, settings.serve_write_back),
             executes=bool(_either(args.execute, settings.serve_execute)),
-            uploads_per_client=_positive(_either(args.max_uploads, settings.serve_max_uploads), "--max-uploads"),
         ),
         sources=settings.local_sources,
         upstream=settings.upstream,
@@ -144,6 +143,7 @@ def _options(args: argparse.Namespace, settings: Settings) -> ServeOptions:
         insecure=_either(args.insecure, settings.serve_insecure),
         message_bytes=_positive(message, "--max-message", (1 << 31) - 1),
         streams=_positive(_either(args.max_streams, settings.serve_max_streams), "--max-streams"),
+        uploads=_positive(_either(args.max_uploads, settings.serve_max_uploads), "--max-uploads"),
         idle_seconds=_duration(args.idle_timeout, settings.serve_idle_timeout, "--idle-timeout"),
         drain_seconds=_duration(args.drain_timeout, settings.serve_drain_timeout),
         http_address=Address.parse(http_listen) if http_listen else None,

@@ -27,8 +27,8 @@ from typing import NamedTuple
 from store.digest import Digest
 from store.errors import DigestMismatch, StoreUnusable
 from tools.server.fair import FairQueue
-from tools.server.storing import Settle, Store, Storing, Whole
 from tools.server.load import Load
+from tools.server.storing import Settle, Store, Storing, Whole
 
 _BLOBS_MOST = 2048
 _BYTES_MOST = 16 << 20

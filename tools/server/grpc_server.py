@@ -6,9 +6,11 @@ from tools.reapi.methods import services_of
 from tools.server.access import Access
 from tools.server.address import Address
 from tools.server.calls import Calls, Wrap
+from tools.server.gate import Gate
 from tools.server.health import Health, Reflection
 from tools.server.http2_server import Http2Server
 from tools.server.limits import GrpcLimits
+from tools.server.load import Load
 from tools.server.services import Services
 from tools.server.tls import Certificates
 
@@ -24,12 +26,14 @@ class GrpcServer:
         wrap: Wrap = lambda endpoint: endpoint,
     ) -> None:
         """`wrap` goes around each method of the services."""
-        self._calls = Calls(services, access, limits.idle_seconds)
+        self.gate = Gate(services.uploads.add_all, Load(), limits.uploads)
+        """Through which uploads by other doors have to go, too."""
+        self._calls = Calls(services, access, limits.idle_seconds, self.gate)
         endpoints = list(map(wrap, self._calls.endpoints))
         self._health = Health(services_of(endpoint.method for endpoint in endpoints))
         endpoints += self._health.endpoints
         endpoints += Reflection(endpoints).endpoints
-        self._server = Http2Server(endpoints, limits)
+        self._server = Http2Server(endpoints, limits, self.gate.load)
 
     async def start(self, address: Address, certificates: Certificates | None) -> int:
         """Take calls there, with TLS if there are `certificates`; returns the port. Raises StoreUnusable."""
@@ -41,4 +45,5 @@ class GrpcServer:
         """Take no more calls, let those that are on end within so many seconds, then break them off."""
         self._health.set(serving=False)
         await self._server.drain(seconds)
+        self.gate.close()
         self._calls.close()

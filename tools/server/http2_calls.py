@@ -32,7 +32,7 @@ from tools.server.status import as_status
 
 _PREFIX = Struct(">BI")
 _PREFIX_BYTES = 5
-_PARSE_BYTES = 16 << 10
+_PARSE_BYTES = 4 << 10
 """That are parsed between two looks at the clock."""
 _numbers = count(1)
 

@@ -20,25 +20,31 @@ from tools.server.turns import Turns
 
 _HIGH_WATER = 1 << 20
 """Bytes that wait for a socket, before calls wait to write."""
-_UNPARSED_HIGH = 64 << 10
-"""Bytes of a connection that were read and wait to be worked on, with which its socket is read no more."""
+_READ_MOST = 64 << 10
+_READ_LEAST = 8 << 10
+"""Bytes that are read of a connection at a time: fewer where there is too much to do already, as they have to wait."""
+_LIGHT_CALLS = 4
+"""With more of them a connection isn't that of a calm client."""
 _PING_SECONDS = 60.0
 _PING_GRACE = 20.0
 _FAREWELL_SECONDS = 1.0
 """Between asking for no more streams and refusing them: those on their way then still come."""
 
 
+_buffer = memoryview(bytearray(_READ_MOST))
+
+
 class Http2Server:
     """One server, in the running loop."""
 
-    def __init__(self, endpoints: Iterable[Endpoint], limits: GrpcLimits) -> None:
+    def __init__(self, endpoints: Iterable[Endpoint], limits: GrpcLimits, load: Load | None = None) -> None:
         self._routes = Routes(endpoints, limits)
         self._limits = limits
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._sweeping: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
-        self.load = Load()
+        self._load = load or Load()
 
     async def start(self, address: Address, certificates: Certificates | None) -> int:
         """Take calls there, with TLS if there are `certificates`; returns the port. Raises StoreUnusable."""
@@ -51,7 +57,7 @@ class Http2Server:
         turns = Turns(loop.time, loop.call_soon)
         try:
             self._server = await loop.create_server(
-                lambda: _Connection(self._routes, self._connections, self._note_lost, turns, self.load),
+                lambda: _Connection(self._routes, self._connections, self._note_lost, turns, self._load),
                 sock=listening,
                 ssl=context,
                 backlog=socket.SOMAXCONN,
@@ -105,7 +111,7 @@ class Http2Server:
                 connection.look_after()
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(asyncio.BufferedProtocol):
     """One connection's socket."""
 
     def __init__(
@@ -116,7 +122,7 @@ class _Connection(asyncio.Protocol):
         turns: Turns,
         load: Load,
     ) -> None:
-        self.debt = 0.0
+        self.used = -1.0
         self.queued = False
         self._turns = turns
         self._load = load
@@ -148,10 +154,14 @@ class _Connection(asyncio.Protocol):
         self._all.add(self)
         self._send()
 
-    def data_received(self, data: bytes) -> None:
-        """Have it worked on when it is this connection's turn."""
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the loop reads to; what comes is copied from there before anything else is read."""
+        return _buffer if not self._load.is_full else _buffer[:_READ_LEAST]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Have what came worked on when it is this connection's turn."""
         self._heard = self._loop.time()
-        self._connection.feed(data)
+        self._connection.feed(bytes(_buffer[:nbytes]))
         self._turns.add(self)
         self._read_or_not()
 
@@ -166,8 +176,14 @@ class _Connection(asyncio.Protocol):
         self._read_or_not()
         return more
 
+    @property
+    def is_light(self) -> bool:
+        """It has few calls under way, and nothing that came and waits for its turn."""
+        return len(self._connection.streams) <= _LIGHT_CALLS
+
     def _read_or_not(self) -> None:
-        reading = self._calls.paused is None and self._connection.unparsed < _UNPARSED_HIGH
+        most = _READ_LEAST if self._load.is_full else _READ_MOST
+        reading = self._calls.paused is None and self._connection.unparsed < most
         if reading != self._reading and not self._transport.is_closing():
             self._reading = reading
             if reading:

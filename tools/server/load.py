@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 
-_CALLS_MOST = 20_000
+_CALLS_MOST = 8_000
 _BYTES_MOST = 48 << 20
 _OWN_LEAST = 4
 """Calls that a connection may have waiting, however much there is."""

@@ -1,26 +1,38 @@
-"""The loop's time, shared among connections: who has much to do waits for who has little.
+"""The loop's time, shared among connections: who wants little of it goes before who wants much.
 
-Each connection that has something to do gets a slice of about a millisecond in
-turn; connections that had nothing lately come before those that are always
-busy, so that a calm client's call doesn't wait behind a thousand uploads. This
-is FQ-CoDel's scheduler (RFC 8290, section 4.2) with time in place of bytes: a
-slice that took longer is paid for by turns left out. Between a few slices the
-loop looks at its sockets again.
+Of those that have something to do, connections with few calls under way go
+first: a calm client's call doesn't wait behind a thousand uploads of others. But
+one turn in four is for the rest, which so is never starved. Among equals the
+next one is always that which has used least of the loop. A connection that comes
+back after a while counts as having used no less than those that wait, however
+long it was away: time that wasn't used isn't saved up. A new one counts as having
+used a slice more, and no one for more than a few: a call that took long isn't
+paid for by seconds of waiting. What counts is time of the CPU, not of the clock.
+(This is fair queueing by virtual start times; Linux's CFS did it so.)
 
     turns.add(connection)       it has something to do
     connection.work(seconds)    called when it is its turn; whether there is more
 
-Used in the loop's thread.
+Between a few slices the loop looks at its sockets again. Used in the loop's thread.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any, Protocol
 
 SLICE_SECONDS = 0.001
-_ROUND_SECONDS = 0.004
+_SLICE_LEAST = 0.0002
+_AHEAD_MOST = 4 * SLICE_SECONDS
+"""That a connection counts as having used more than those that wait."""
+_ROUND_SECONDS = 0.1
+"""In which all that wait should have had their turn: slices are shorter where there are many."""
+_HEAVY_EVERY = 4
+"""One turn of so many is for who has much under way."""
+_LOOK_SECONDS = 0.004
 """Of work between two looks at the sockets."""
 _AT_ONCE_SECONDS = 0.002
 """Of work that is done as it comes, while nobody waits."""
@@ -29,10 +41,15 @@ _PAUSE_SECONDS = 0.00005
 
 
 class Worker(Protocol):
-    """Who takes turns. `debt` and `queued` belong to `Turns`; at first 0.0 and False."""
+    """Who takes turns. `used` (seconds) and `queued` belong to `Turns`; at first -1.0 and False."""
 
-    debt: float
+    used: float
     queued: bool
+
+    @property
+    def is_light(self) -> bool:
+        """It has few calls under way."""
+        ...
 
     def work(self, seconds: float) -> bool:
         """Do something for about so long; whether there is more to do now. Mustn't raise."""
@@ -42,71 +59,80 @@ class Worker(Protocol):
 class Turns:
     """Of one loop."""
 
-    def __init__(self, clock: Callable[[], float], call_soon: Callable[[Callable[[], None]], Any]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        call_soon: Callable[[Callable[[], None]], Any],
+        cpu: Callable[[], float] = time.thread_time,
+    ) -> None:
+        """`clock` and `cpu` say seconds: that pass, and that this thread works."""
         self._clock = clock
+        self._cpu = cpu
         self._call_soon = call_soon
-        self._new: deque[Worker] = deque()
-        self._old: deque[Worker] = deque()
+        self._light: list[tuple[float, int, Worker]] = []
+        self._heavy: list[tuple[float, int, Worker]] = []
+        self._turn = 0
+        self._numbers = count()
+        self._floor = 0.0
+        """What whoever had the last turn had used before it; only grows."""
         self._scheduled = False
         self._spent = 0.0
         self._ended = 0.0
 
     def __len__(self) -> int:
         """Those that wait for their turn."""
-        return len(self._new) + len(self._old)
+        return len(self._light) + len(self._heavy)
 
     def add(self, worker: Worker) -> None:
         """It has something to do: at once, where nobody waits."""
         if worker.queued:
             return
-        if not self._new and not self._old:
-            began = self._clock()
-            if began - self._ended > _PAUSE_SECONDS:
+        if worker.used < 0:
+            worker.used = self._floor + SLICE_SECONDS
+        else:
+            worker.used = min(max(worker.used, self._floor), self._floor + _AHEAD_MOST)
+        if not self._light and not self._heavy:
+            now = self._clock()
+            if now - self._ended > _PAUSE_SECONDS:
                 self._spent = 0.0
             if self._spent < _AT_ONCE_SECONDS:
-                more = worker.work(SLICE_SECONDS)
-                self._ended = ended = self._clock()
-                self._spent += ended - began
+                # It competes with nobody: what it has used is what others are compared with.
+                self._floor = max(self._floor, worker.used)
+                more = self._have_worked(worker, SLICE_SECONDS)
+                self._ended = self._clock()
+                self._spent += self._ended - now
                 if not more:
                     return
-                worker.debt = ended - began - SLICE_SECONDS
-                worker.queued = True
-                self._old.append(worker)
-                self._schedule()
-                return
-        worker.queued = True
-        worker.debt = 0.0
-        self._new.append(worker)
-        self._schedule()
+        self._wait(worker)
 
-    def _schedule(self) -> None:
+    def _have_worked(self, worker: Worker, seconds: float) -> bool:
+        began = self._cpu()
+        more = worker.work(seconds)
+        worker.used += self._cpu() - began
+        return more and not worker.queued
+
+    def _wait(self, worker: Worker) -> None:
+        worker.queued = True
+        heappush(self._light if worker.is_light else self._heavy, (worker.used, next(self._numbers), worker))
         if not self._scheduled:
             self._scheduled = True
             self._call_soon(self._run)
 
     def _run(self) -> None:
         self._scheduled = False
-        now = self._clock()
-        end = now + _ROUND_SECONDS
-        new, old = self._new, self._old
-        while now < end:
-            # Whoever is new stays for one more round, so that it isn't new again at once.
-            stays = bool(new)
-            if not stays and not old:
-                self._ended, self._spent = now, _AT_ONCE_SECONDS
-                return
-            worker = (new or old).popleft()
-            if worker.debt >= SLICE_SECONDS:
-                worker.debt -= SLICE_SECONDS
-                old.append(worker)
-                continue
-            more = worker.work(SLICE_SECONDS)
-            done = self._clock()
-            worker.debt = max(0.0, worker.debt + done - now - SLICE_SECONDS)
-            now = done
-            if more or stays:
-                old.append(worker)
-            else:
-                worker.queued = False
-        if new or old:
-            self._schedule()
+        light, heavy = self._light, self._heavy
+        seconds = min(SLICE_SECONDS, max(_SLICE_LEAST, _ROUND_SECONDS / (len(self) or 1)))
+        end = self._clock() + _LOOK_SECONDS
+        while light or heavy:
+            self._turn += 1
+            used, _, worker = heappop(heavy if heavy and (not light or not self._turn % _HEAVY_EVERY) else light)
+            self._floor = max(self._floor, used)
+            worker.queued = False
+            if self._have_worked(worker, seconds):
+                self._wait(worker)
+            if self._clock() >= end:
+                break
+        self._ended, self._spent = self._clock(), _AT_ONCE_SECONDS
+        if (light or heavy) and not self._scheduled:
+            self._scheduled = True
+            self._call_soon(self._run)
