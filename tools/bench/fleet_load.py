@@ -8,9 +8,9 @@ The clients are a program of our own (tools/bench/fleet). A call has 60 s from i
 QueryWriteStatus asks how much of it the server has; there are five more tries, with a growing pause between them. Blobs
 have 500 bytes, a batch has 50 blobs. Each row has a fresh server with an empty store, on the same cores as the clients.
 
-The calm client makes one call after the other on a connection of its own: what it waits is what a person at another
-machine notices. It asks for capabilities, an action result, a small blob, and whether the server is well. A call that
-fails counts as 60 s.
+The calm client is another process, and makes one call after the other on one connection: what it waits is what a person
+at another machine notices. It asks for capabilities, an action result, a small blob, and whether the server is well. A
+call that fails counts as 60 s.
 
 Peak memory is what was resident (VmHWM). At the end the load begins anew, and in the middle of it the server gets
 SIGTERM; one that still runs after 60 s is killed.

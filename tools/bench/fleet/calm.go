@@ -131,6 +131,19 @@ func (c *calmClient) works(ctx context.Context, call func(context.Context) error
 	return call(ctx) == nil
 }
 
+// result is what was measured until now.
+func (c *calmClient) result() calmResult {
+	r := calmResult{HealthBy: c.healthBy, Calm: map[string]summary{}}
+	all := &latencies{}
+	for name, l := range c.latencies {
+		r.Calm[name] = l.summarise()
+		all.took = append(all.took, l.took...)
+		all.failed += l.failed
+	}
+	r.Calm["all"] = all.summarise()
+	return r
+}
+
 // run calls until `over` is closed. A call that is under way then is waited
 // for, unless ctx ends: a server that leaves it unanswered mustn't look quick.
 func (c *calmClient) run(ctx context.Context, over <-chan struct{}) {

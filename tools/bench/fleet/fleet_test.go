@@ -102,7 +102,7 @@ func TestAFailedUploadGoesOnWhereTheServerStands(t *testing.T) {
 }
 
 func TestEveryBlobIsPlannedOnceWhateverTheKind(t *testing.T) {
-	for how := range ways {
+	for _, how := range []string{"write", "batch", "http", "read", "mixed"} {
 		o := options{how: how, files: 230, seed: 7}
 		seen := map[int]int{}
 		for _, one := range o.plan(0) {

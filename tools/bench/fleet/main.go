@@ -17,6 +17,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"sync"
@@ -34,11 +35,10 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	r, err := load(ctx, o)
-	if err == nil && o.json {
-		err = r.writeJSON(os.Stdout)
-	} else if err == nil {
-		r.writeText(os.Stdout)
+	if o.how == calmly {
+		err = beCalm(ctx, o, os.Stdin, os.Stdout)
+	} else {
+		err = loadAndTell(ctx, o, os.Stdout)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "fleet:", err)
@@ -46,13 +46,25 @@ func main() {
 	}
 }
 
+func loadAndTell(ctx context.Context, o options, output io.Writer) error {
+	r, err := load(ctx, o)
+	if err != nil {
+		return err
+	}
+	if o.json {
+		return r.writeJSON(output)
+	}
+	r.writeText(output)
+	return nil
+}
+
 // load puts the whole load on the server.
 func load(ctx context.Context, o options) (result, error) {
-	calm, err := newCalmClient(ctx, o)
+	calm, err := startCalm(ctx, o)
 	if err != nil {
 		return result{}, err
 	}
-	defer calm.close()
+	defer calm.kill()
 	t := newTally()
 	clients := make([]*client, o.clients)
 	for n := range clients {
@@ -65,24 +77,27 @@ func load(ctx context.Context, o options) (result, error) {
 		}
 	}
 	fmt.Fprintln(os.Stderr, "the load begins")
-	return storm(ctx, o, clients, calm, t), nil
+	if err := calm.begin(); err != nil {
+		return result{}, err
+	}
+	took := storm(ctx, o, clients, t)
+	found, err := calm.end()
+	if err != nil {
+		return result{}, err
+	}
+	return newResult(o, t, found, took), nil
 }
 
-// storm runs all clients and the calm one, from the start of the clock to its end.
-func storm(ctx context.Context, o options, clients []*client, calm *calmClient, t *tally) result {
+// storm runs all clients and returns how long they took.
+func storm(ctx context.Context, o options, clients []*client, t *tally) time.Duration {
 	began := time.Now()
 	limited, end := context.WithTimeout(ctx, o.limit)
 	defer end()
-	over := make(chan struct{})
-	var calmly, busy sync.WaitGroup
-	calmly.Go(func() { calm.run(ctx, over) })
 	go t.show(limited, began)
+	var busy sync.WaitGroup
 	for _, c := range clients {
 		busy.Go(func() { c.run(limited) })
 	}
 	busy.Wait()
-	took := time.Since(began)
-	close(over)
-	calmly.Wait()
-	return newResult(o, t, calm, took)
+	return time.Since(began)
 }

@@ -35,7 +35,7 @@ func parseOptions(arguments []string, output io.Writer) (options, error) {
 	flags.SetOutput(output)
 	flags.StringVar(&o.grpc, "addr", "127.0.0.1:8980", "gRPC address of the server")
 	flags.StringVar(&o.http, "http", "", "base URL of the server's HTTP cache, such as http://127.0.0.1:8080")
-	flags.StringVar(&o.how, "how", "write", "write (ByteStream), batch (BatchUpdateBlobs), http (PUT), read (ByteStream), or mixed")
+	flags.StringVar(&o.how, "how", "write", "write (ByteStream), batch (BatchUpdateBlobs), http (PUT), read (ByteStream), mixed; or calm: one client that calls until standard input ends")
 	flags.IntVar(&o.clients, "clients", 4, "clients")
 	flags.IntVar(&o.conns, "conns", 100, "connections of each client")
 	flags.IntVar(&o.streams, "streams", 100, "calls in flight on each gRPC connection")
@@ -62,7 +62,7 @@ func (o options) check(leftover int) error {
 		return fmt.Errorf("there are no arguments besides options, got %d", leftover)
 	}
 	if _, known := ways[o.how]; !known {
-		return fmt.Errorf("unknown -how %q: choose write, batch, http, read or mixed", o.how)
+		return fmt.Errorf("unknown -how %q: choose write, batch, http, read, mixed or calm", o.how)
 	}
 	if o.http == "" && o.uses(viaHTTP) {
 		return fmt.Errorf("-how %s needs the HTTP address of the server: -http URL", o.how)

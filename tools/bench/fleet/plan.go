@@ -19,6 +19,7 @@ var ways = map[string][]way{
 	"http":  {viaHTTP},
 	"read":  {viaRead},
 	"mixed": {viaWrite, viaBatch, viaHTTP, viaRead},
+	calmly:  {},
 }
 
 // blobsPerBatch is how many blobs one BatchUpdateBlobs carries.

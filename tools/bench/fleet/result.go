@@ -10,42 +10,33 @@ import (
 
 // result is what is printed at the end, as JSON or as lines.
 type result struct {
-	How       string             `json:"how"`
-	Clients   int                `json:"clients"`
-	Files     int                `json:"files"`
-	Size      int                `json:"size"`
-	Wanted    int64              `json:"wanted"`
-	Stored    int64              `json:"stored"`
-	Failed    int64              `json:"failed"`
-	Cancelled int64              `json:"cancelled"`
-	Tries     int64              `json:"tries"`
-	Queries   int64              `json:"queries"`
-	Seconds   float64            `json:"seconds"`
-	PerSecond float64            `json:"per_second"`
-	Causes    map[string]int64   `json:"causes"`
-	Sample    string             `json:"sample"`
-	HealthBy  string             `json:"health_by"`
-	Calm      map[string]summary `json:"calm"`
+	How       string           `json:"how"`
+	Clients   int              `json:"clients"`
+	Files     int              `json:"files"`
+	Size      int              `json:"size"`
+	Wanted    int64            `json:"wanted"`
+	Stored    int64            `json:"stored"`
+	Failed    int64            `json:"failed"`
+	Cancelled int64            `json:"cancelled"`
+	Tries     int64            `json:"tries"`
+	Queries   int64            `json:"queries"`
+	Seconds   float64          `json:"seconds"`
+	PerSecond float64          `json:"per_second"`
+	Causes    map[string]int64 `json:"causes"`
+	Sample    string           `json:"sample"`
+	calmResult
 }
 
-func newResult(o options, t *tally, calm *calmClient, took time.Duration) result {
-	r := result{
+func newResult(o options, t *tally, calm calmResult, took time.Duration) result {
+	return result{
 		How: o.how, Clients: o.clients, Files: o.files, Size: o.size,
 		Wanted: int64(o.clients) * int64(o.files),
 		Stored: t.done.Load(), Failed: t.failed.Load(), Cancelled: t.cancelled.Load(),
 		Tries: t.tries.Load(), Queries: t.queries.Load(),
 		Seconds: took.Seconds(), PerSecond: float64(t.done.Load()) / took.Seconds(),
 		Causes: t.causes, Sample: t.sample,
-		HealthBy: calm.healthBy, Calm: map[string]summary{},
+		calmResult: calm,
 	}
-	all := &latencies{}
-	for name, l := range calm.latencies {
-		r.Calm[name] = l.summarise()
-		all.took = append(all.took, l.took...)
-		all.failed += l.failed
-	}
-	r.Calm["all"] = all.summarise()
-	return r
 }
 
 func (r result) writeJSON(output io.Writer) error { return json.NewEncoder(output).Encode(r) }
