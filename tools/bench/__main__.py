@@ -17,7 +17,7 @@ from typing import Any
 
 from tools.bench import picture, report
 from tools.bench.machine import describe
-from tools.bench.measuring import Settings
+from tools.bench.measuring import FleetSettings, Settings
 from tools.bench.running import run_apart
 from tools.bench.scenarios import GROUPS, MODULES, load
 from tools.bench.scratch import ending_on_signals, scratch_directory
@@ -36,14 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
         machine: dict[str, str | int] = {}
         results = {}
         failed = []
-        for name in options.scenario or (GROUPS[options.group] if options.group else list(MODULES)):
+        for name in _chosen(options):
             place = scratch / name
             place.mkdir()
             began = time.monotonic()
             print(f"{name} …", file=sys.stderr, flush=True)
             with nullcontext(place) if options.quick else journaled(place) as volume:
                 machine = machine or describe(volume)
-                outcome = run_apart(name, Settings(volume, options.quick, options.repeat))
+                fleet = FleetSettings(options.clients, options.files, options.core)
+                outcome = run_apart(name, Settings(volume, options.quick, options.repeat, fleet))
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             if outcome is None:
                 failed.append(name)
@@ -61,6 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}" + ("; nothing was written" * options.write), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    names = list(options.scenario or (GROUPS[options.group] if options.group else MODULES))
+    if options.bazel and "fleet-bazel" not in names:
+        names.append("fleet-bazel")
+    return names
 
 
 def _write(directory: Path, group: str | None, text: str, value: dict[str, Any]) -> None:
@@ -82,7 +90,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "scenario", nargs="*", metavar="SCENARIO", help=f"what to measure: {', '.join(MODULES)} (default: all)"
     )
-    parser.add_argument("--repeat", type=int, metavar="N", help="repeat each measure so often")
+    parser.add_argument("--repeat", "--runs", type=int, metavar="N", help="repeat each measure so often")
     parser.add_argument("--quick", action="store_true", help="small sizes, once each: shows that it works, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="where to make stores (default: temporary files)")
@@ -99,6 +107,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="profile the native session's loop per upcall, and nothing else"
     )
+    fleet = parser.add_argument_group("many clients at once (the scenarios fleet and fleet-bazel)")
+    fleet.add_argument("--bazel", action="store_true", help="build with real Bazels, too: the scenario fleet-bazel")
+    fleet.add_argument("--clients", type=_positive, metavar="N", help="so many clients in every row")
+    fleet.add_argument("--files", type=_positive, metavar="N", help="so many files of each client")
+    fleet.add_argument(
+        "--core", type=_positive, metavar="PERCENT", help="hold the server to so much of one core, by a control group"
+    )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.scenario if name not in MODULES]
     if unknown:
@@ -106,9 +121,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.scenario and (options.write or options.group):
         # The files say "one run", and would lose the other scenarios.
         parser.error("--write takes all scenarios or a --group of them; --json FILE writes a part")
+    if options.bazel and "fleet" not in options.scenario:
+        parser.error("--bazel goes with the scenario fleet")
     if options.repeat is not None and options.repeat < 1:
         parser.error("--repeat takes a number from 1 on")
     return options
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -119,6 +143,8 @@ def _command(options: argparse.Namespace) -> str:
         words.append("--quick")
     if options.repeat:
         words.append(f"--repeat {options.repeat}")
+    words += ["--bazel"] * options.bazel
+    words += [f"--{name} {value}" for name in ("clients", "files", "core") if (value := getattr(options, name))]
     return " ".join(words)
 
 

@@ -118,12 +118,23 @@ def _ratio(value: float, yardstick: float) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """What the scenarios of many clients were asked for in place of their own numbers."""
+
+    clients: int | None = None
+    files: int | None = None
+    core_percent: int | None = None
+    """Of one core: what the server may use."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """How a run was asked for: `repeat` overrides a scenario's own number of repetitions."""
 
     scratch: Path
     quick: bool = False
     repeat: int | None = None
+    fleet: FleetSettings = FleetSettings()
 
     def rounds(self, usual: int) -> int:
         """How often to repeat what the scenario repeats `usual` times."""

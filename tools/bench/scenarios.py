@@ -32,6 +32,8 @@ MODULES = {
     "server-memory": "server_memory",
     "sandboxfs": "local_sandboxes",
     "seed": "seed_case",
+    "fleet": "fleet_load",
+    "fleet-bazel": "fleet_builds",
 }
 """Name on the command line → module in this package."""
 
@@ -41,6 +43,7 @@ GROUPS = {
     "execution": ("execution", "execution-memory"),
     "sandboxfs": ("seed", "sandboxfs"),
     "server": ("server", "http", "bazel"),
+    "fleet": ("fleet", "fleet-bazel"),
 }
 """What is measured in one run and written down together: each takes a quarter of an hour or more."""
 

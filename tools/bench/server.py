@@ -85,17 +85,31 @@ class Served(NamedTuple):
         found = re.search(r"^RssAnon:\s*(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
         return int(found[1]) / 1024 if found else 0.0
 
+    def peak_memory(self) -> float:
+        """MiB, the most it had resident since its start or `forget_peak`; 0 once it has ended."""
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
+        return int(found[1]) / 1024 if found else 0.0
+
+    def forget_peak(self) -> None:
+        """Count the peak from now on (proc(5), clear_refs)."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+
+def read_addresses(process: subprocess.Popen[str], command: list[str]) -> Served:
+    """Where a casfs that was just started says it serves. Raises RuntimeError."""
+    lines = [process.stdout.readline() for _ in range(1 + ("--http-listen" in command))] if process.stdout else []
+    grpc, http = (re.search(rf"{scheme}://(\S+)", "".join(lines)) for scheme in ("grpc", "http"))
+    if grpc is None:
+        raise RuntimeError(f"{' '.join(command)}: it said {lines}")
+    return Served(grpc[1], process.pid, http[1] if http else "")
+
 
 @contextmanager
 def serving(command: list[str]) -> Iterator[Served]:
     """A process that says where it serves, and ends with SIGTERM."""
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
     try:
-        lines = [process.stdout.readline() for _ in range(1 + ("--http-listen" in command))] if process.stdout else []
-        grpc, http = (re.search(rf"{scheme}://(\S+)", "".join(lines)) for scheme in ("grpc", "http"))
-        if grpc is None:
-            raise RuntimeError(f"{' '.join(command)}: it said {lines}")
-        yield Served(grpc[1], process.pid, http[1] if http else "")
+        yield read_addresses(process, command)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(_START_SECONDS)

@@ -92,21 +92,27 @@ def _serving(side: str, scratch: Path, store: Path) -> Iterator[Served]:
 @contextmanager
 def serving_by_nginx(scratch: Path, blobs: Path) -> Iterator[Served]:
     """What nginx makes of a directory in the layout of Bazel's disk cache: a cache to read from."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
+    address = free_address()
     configuration = scratch / "nginx.conf"
     configuration.write_text(_CONFIGURATION.format(place=scratch, address=address, blobs=blobs))
     process = subprocess.Popen([NGINX, "-c", str(configuration), "-e", str(scratch / "nginx.log")])
     try:
-        _wait_for(address)
+        wait_for(address)
         yield Served(address, process.pid, address)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
 
 
-def _wait_for(address: str, seconds: float = 30.0) -> None:
+def free_address() -> str:
+    """Where a server can listen that can't choose a port by itself."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
+
+
+def wait_for(address: str, seconds: float = 30.0) -> None:
+    """Until something listens there. Raises ConnectionRefusedError."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
     while True:

@@ -61,8 +61,8 @@ def find_groups(root: Path = Path("/"), companions: Iterable[int] = ()) -> Group
     `companions`: processes that go where this one has to go.
     """
     try:
-        own = _own_groups((root / "proc/self/cgroup").read_text())
-        mounts = _cgroup_mounts((root / "proc/self/mountinfo").read_text())
+        own = own_groups((root / "proc/self/cgroup").read_text())
+        mounts = cgroup_mounts((root / "proc/self/mountinfo").read_text())
     except OSError:
         return None
     if "" in own and "" in mounts:
@@ -76,7 +76,7 @@ def find_groups(root: Path = Path("/"), companions: Iterable[int] = ()) -> Group
     return None
 
 
-def _own_groups(text: str) -> dict[str, str]:
+def own_groups(text: str) -> dict[str, str]:
     """Our group's path by controller; version 2 has an empty name."""
     found = {}
     for line in text.splitlines():
@@ -86,7 +86,8 @@ def _own_groups(text: str) -> dict[str, str]:
     return found
 
 
-def _cgroup_mounts(text: str) -> dict[str, Path]:
+def cgroup_mounts(text: str) -> dict[str, Path]:
+    """Where each controller is mounted, out of a mountinfo; version 2 has an empty name."""
     found: dict[str, Path] = {}
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
