@@ -45,7 +45,7 @@ from tools.server.metrics import Half, Metrics
 from tools.server.pages import Page, Pages
 from tools.server.recent import Recent
 from tools.server.sending import Sending
-from tools.server.status import as_status, log
+from tools.server.status import as_status, faults
 from tools.server.waiting import FETCH_THREADS, Waiting
 
 _SEND = 1 << 20
@@ -190,7 +190,7 @@ class HttpAdapter:
             await response.write_eof()
         except Exception as error:
             if not isinstance(error, ConnectionError | TooSlow):
-                log.exception("an answer broke off")
+                faults.note(error, "an answer broke off")
             if request.transport is not None:
                 request.transport.abort()
             raise ConnectionResetError from error

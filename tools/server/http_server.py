@@ -18,19 +18,26 @@ from aiohttp.web_protocol import RequestHandler
 from tools.server.address import Address, listen
 from tools.server.http_adapter import HttpAdapter
 from tools.server.recent import SAMPLE_SECONDS, Recent
+from tools.server.status import faults
 
 
-def _is_ours(record: logging.LogRecord) -> bool:
-    """What a client does wrong is told to the client; logged, anybody could fill a disk with it."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+def _fold(record: logging.LogRecord) -> bool:
+    """Whether aiohttp shall log it. Errors are counted instead: logged each time, they could fill a disk."""
+    error = record.exc_info[1] if record.exc_info else None
+    # What a client does wrong is told to the client alone.
+    if error is not None and not isinstance(error, HttpProcessingError):
+        faults.note(error, "%s", record.getMessage())
+    return error is None
 
 
 _log = logging.getLogger("casfs.http")
-_log.addFilter(_is_ours)
+_log.addFilter(_fold)
 _BACKLOG = 1024
 _READ_BYTES = 256 << 10
 _LINGER_SECONDS = 2.0
 """How long a body is read on that was refused, so that its client gets to see why."""
+_BREAK_SECONDS = 0.2
+"""What a request that is broken off has to notice it."""
 
 
 @dataclass(frozen=True, slots=True)
