@@ -81,6 +81,8 @@ class HttpAdapter:
         self._metrics = metrics
         self._recent = recent
         self._names = names
+        self.ending = ""
+        """Why the server ends, if it does."""
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, and count it."""
@@ -288,6 +290,8 @@ class HttpAdapter:
         path, _, query = request.raw_path.partition("?")
         if path == "/healthz":
             # Who checks whether a server lives needn't be able to use it.
+            if self.ending:
+                return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text=f"{self.ending}\n")
             return web.Response(text="ok\n")
         self._check(request, Right.READ)
         if path == "/metrics":

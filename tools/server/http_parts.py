@@ -39,7 +39,6 @@ class HttpParts:
         services: Services,
         access: Access,
         limits: HttpLimits,
-        drain_seconds: float,
         *,
         validate: bool,
         most: int,
@@ -67,4 +66,4 @@ class HttpParts:
         pages = Pages(store, services.downloads, self._sizes, self.metrics, self._recent, services.scheduler)
         waiting = Waiting(limits.idle_seconds)
         adapter = HttpAdapter(cache, pages, access, waiting, self.metrics, self._recent, names)
-        return HttpServer(adapter, limits, self._recent, drain_seconds)
+        return HttpServer(adapter, limits, self._recent)

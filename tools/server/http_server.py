@@ -106,11 +106,9 @@ _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 class HttpServer:
     """One server, in the running loop."""
 
-    def __init__(self, adapter: HttpAdapter, limits: HttpLimits, recent: Recent, drain_seconds: float) -> None:
-        """`drain_seconds`: what requests that are on have when it ends."""
+    def __init__(self, adapter: HttpAdapter, limits: HttpLimits, recent: Recent) -> None:
         self._adapter = adapter
         self._recent = recent
-        self._drain_seconds = drain_seconds
         self._runner = web.ServerRunner(_Server(self._handle, limits), shutdown_timeout=_LINGER_SECONDS)
         self._sampling: asyncio.Task[None] | None = None
         self._busy = 0
@@ -142,17 +140,27 @@ class HttpServer:
             self._recent.sample()
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    async def drain(self) -> None:
-        """Take no more requests, let those that are on end in their time, then break them off."""
+    async def drain(self, seconds: float, reason: str) -> None:
+        """Take no more requests, let those that are on end within so many seconds, then break them off.
+
+        `reason`: why, for those that check whether the server lives.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
         if self._sampling is not None:
             self._sampling.cancel()
         self._draining = True
+        self._adapter.ending = reason
         for site in self._runner.sites:
             await site.stop()
         # Not left to the runner: from the moment on that it is told to end, aiohttp takes no more of any body.
         if self._busy:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._drain_seconds):
+                async with asyncio.timeout_at(until):
                     await self._idle.wait()
+        # Nor is this: it would give another while to what had its time.
+        if self._runner.server is not None:
+            self._runner.server.pre_shutdown()
+            await self._runner.server.shutdown(max(_BREAK_SECONDS, min(_LINGER_SECONDS, until - loop.time())))
         await self._runner.cleanup()
         self._adapter.close()
