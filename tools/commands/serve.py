@@ -35,8 +35,8 @@ EXITS = """
   0  after SIGTERM or Ctrl-C: calls have ended, or were broken off after --drain-timeout
   1  a process of several ended by itself
   2  the command or its input is wrong
-  4  the store can't be used, or was deleted or replaced: the server notices within seconds, drains and ends
-  6  calls, threads or a disk hung: the server ended itself 3 s after --drain-timeout
+  4  the store can't be used, or was deleted or replaced, which is noticed within seconds
+  6  a call, thread or disk hung: the server ended itself 3 s after --drain-timeout
 130  after a second Ctrl-C, 143 after a second SIGTERM: at once
 142  as 6, where not even that was possible (SIGALRM; a second later)
 """

@@ -33,7 +33,7 @@ EXITS = """
   2  the command or its input is wrong
   4  the store can't be used, or was deleted or replaced: what ran is given back
   5  this machine or user lacks what sandboxes need
-  6  something hung: the worker ended itself 23 s after its last action, or after the second signal
+  6  something hung: it ended itself 23 s after its last action, or after the second signal
 130  after a third Ctrl-C, 143 after a third SIGTERM: at once, actions included
 142  as 6, where not even that was possible (SIGALRM; a second later)
 """
