@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import logging.handlers
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import Any
 from casfs import errors as casfs_errors
 from casfs.errors import CasfsError, MountError
 from casfs.forking import hear_child
+from casfs.log_file import LogFile
 from store import errors as store_errors
 from store.errors import StoreError
 
@@ -113,9 +113,8 @@ def revive(kind: str, text: str) -> Exception:
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Log lines go to the store's log; each is one write, so daemons share the file, and it may be rotated."""
-    handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    """Log lines go to the store's log."""
+    handler = LogFile(path)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:

@@ -174,9 +174,7 @@ class Ingest:
             raise
         return writer.finish()
 
-    def begin(
-        self, claim: Claim, *, executable: bool = False, hold: Callable[[Pending], object] | None = None
-    ) -> Writer:
+    def begin(self, claim: Claim, *, executable: bool = False, hold: Callable[[Pending], None] | None = None) -> Writer:
         """Begin a blob whose bytes come piece by piece; it counts once its writer was finished.
 
         `hold` is then given the file, to be published by `publish`; else it is the next flush's.

@@ -27,8 +27,9 @@ class Exit(IntEnum):
     NO = 1, "the answer is no (differences, damage, a failed check), or it failed"
     USAGE = 2, "the command or its input is wrong; nothing was changed"
     NOT_FOUND = 3, "there is no such manifest, blob, path or mount"
-    STORE = 4, "the store or a disk: not usable, not writable, full"
+    STORE = 4, "the store or a disk: not usable, not writable, full; deleted or replaced while it was served"
     MOUNT = 5, "a mount failed, or this machine or user lacks what it needs"
+    OVERDUE = 6, "told to end, it wasn't done by its deadline, and was ended: something hung"
     INTERRUPTED = 130, "ended by Ctrl-C (SIGINT)"
     TERMINATED = 143, "ended by SIGTERM"
 

@@ -214,7 +214,9 @@ def _raising_on_signals(*, for_good: bool) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if for_good else handler)
+            # A server has taken them over, and hears them until the process is gone.
+            if not for_good or signal.getsignal(number) is handle:
+                signal.signal(number, signal.SIG_DFL if for_good else handler)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import pkgutil
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from itertools import takewhile
 
 import pytest
 
@@ -18,6 +21,7 @@ from tools.commands import VERBS, load_all
 from tools.commands.manifest import VERBS as MANIFEST_VERBS
 from tools.exits import Exit
 from tools.main import make_parser
+from tools.server.ending import GRACE_SECONDS
 
 HEAVY = (
     "lmdb",
@@ -199,6 +203,16 @@ def test_every_example_is_a_command_that_can_be_parsed() -> None:
                 parser.parse_args(words[1:])
 
 
+@pytest.mark.parametrize("verb", ["serve", "worker"])
+def test_exit_codes_that_a_verb_explains_are_those_that_there_are(verb: str) -> None:
+    text = importlib.import_module(f"tools.commands.{verb}").EXITS
+    codes = [int(line.split()[0]) for line in text.strip().splitlines()]
+    assert {*codes} < {*Exit, 128 + signal.SIGALRM}
+    assert {Exit.OK, Exit.STORE, Exit.OVERDUE, Exit.INTERRUPTED} < {*codes}
+    if verb == "serve":
+        assert f"{GRACE_SECONDS:g} s after --drain-timeout" in text
+
+
 def find_examples(parser: argparse.ArgumentParser) -> list[str]:
     """The lines of the examples of a parser's verbs, and of theirs."""
     found: list[str] = []
@@ -208,5 +222,6 @@ def find_examples(parser: argparse.ArgumentParser) -> list[str]:
                 lines = (verb.epilog or "").splitlines()
                 assert lines[:1] == ["examples:"], verb.prog
                 assert max(map(len, lines)) <= 100, verb.prog
-                found += [*lines[1:], *find_examples(verb)]
+                # Behind an empty line there may be exit codes.
+                found += [*takewhile(bool, lines[1:]), *find_examples(verb)]
     return found

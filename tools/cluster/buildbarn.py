@@ -39,6 +39,7 @@ from tools.reapi.generated import remoteworker_pb2 as remoteworker
 from tools.reapi.generated.status_pb2 import Status
 from tools.server.errors import InvalidArgument
 from tools.server.requests import get_function, read_digest
+from tools.server.status import faults
 from tools.upstream.channel import Channel
 from tools.upstream.errors import UpstreamError
 from tools.worker.work import Assignment, Stage, Stop
@@ -225,8 +226,8 @@ class _Slot:
             except UpstreamError as error:
                 log.warning("%s; trying again", error)
                 self._wait(self._trying.next())
-            except Exception:
-                log.exception("slot %s: unexpected", self._base.worker_id["slot"])
+            except Exception as error:  # noqa: BLE001 - logged
+                faults.note(error, "slot %s: unexpected", self._base.worker_id["slot"])
                 self._wait(self._trying.next())
             else:
                 self._trying.reset()

@@ -45,6 +45,7 @@ from tools.reapi.generated.status_pb2 import Status
 from tools.reapi.methods import Method
 from tools.server.errors import InvalidArgument
 from tools.server.requests import get_function, read_digest
+from tools.server.status import faults
 from tools.upstream.channel import Channel
 from tools.upstream.errors import Refused, Unreachable
 from tools.worker.work import Assignment
@@ -175,9 +176,9 @@ class BuildGrid:
                 if self._name and error.code not in _TRANSIENT:
                     self._lose(error)
                 self._wait_after(error)
-            except Exception:
+            except Exception as error:  # noqa: BLE001 - logged
                 # A reply that can't be: it must not end the thread that leases live by.
-                log.exception("%s: unexpected", self._label)
+                faults.note(error, "%s: unexpected", self._label)
                 self._wait(self._trying.next())
             else:
                 self._trying.reset()

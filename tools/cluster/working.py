@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from casfs.daemon import logging_to
-from casfs.signals import acting_on_signals
 from store.errors import BadInput
 from store.repository import SourceOptions, Store
 from tools.cluster.buildbarn import Buildbarn
 from tools.cluster.buildgrid import BuildGrid
 from tools.cluster.joining import Member
 from tools.cluster.storage import make_storage
+from tools.exits import Exit
 from tools.server.address import Address
+from tools.server.ending import GRACE_SECONDS, Ending, Step
 from tools.server.metrics import Metrics, Sizes
+from tools.server.processes import say
 from tools.server.services import ServiceOptions, Services
+from tools.server.status import faults
+from tools.server.store_watch import StoreWatch
 from tools.upstream.channel import Channel
 from tools.upstream.options import UpstreamOptions
 from tools.upstream.sources import Upstream, parts
 from tools.worker.local import LocalWorker, WorkerOptions, prepare_process
+
+_GIVE_BACK_SECONDS = 20.0 + GRACE_SECONDS
+"""To end what runs, and to tell the scheduler, which is tried for 10 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +52,52 @@ class ClusterOptions:
 
 
 def work(options: ClusterOptions) -> int:
-    """Work until SIGTERM or SIGINT; what runs then is finished, or ended by a second signal. Returns an exit code."""
+    """Work until SIGTERM or SIGINT; what runs then is finished, or ended by a second signal. Returns an exit code.
+
+    A third signal ends the process at once, as does the end of the time that giving back what runs may take.
+    """
     stop = threading.Event()
     upstream = Upstream(options.upstream, options.sources.timeout)
     sources = replace(options.sources, remote=partial(parts, upstream))
-    with (
-        prepare_process() as guard,
-        Store.open(options.store, sources=sources) as store,
-        logging_to(store.layout.log),
-        _counting(options, store) as counted,
-        Services(
-            store, options.services, upstream, *([counted.metrics.note_collection] if counted else [])
-        ) as services,
-    ):
+    with ExitStack() as stack:
+        guard = stack.enter_context(prepare_process())
+        store = stack.enter_context(Store.open(options.store, sources=sources))
+        watch = stack.enter_context(StoreWatch(options.store))
+        stack.enter_context(logging_to(store.layout.log))
+        stack.callback(faults.flush)
+        counted = stack.enter_context(_counting(options, store))
+        told = (counted.metrics.note_collection,) if counted else ()
+        services = stack.enter_context(Services(store, options.services, upstream, *told))
         channel = Channel(options.scheduler)
-        make = Buildbarn if options.buildbarn else BuildGrid
-        with make(channel, options.scheduler.instance, options.member) as source:
-            storage = make_storage(services, upstream, results=options.buildbarn)
-            if counted:
-                counted.metrics.watch_source(source.statistics)
-            reports = (counted.metrics,) if counted else ()
-            with LocalWorker(services, source, options.worker, reports, storage, guard) as worker:
-                with _signals(stop.set, source.stop_all):
-                    options.announce(f"working for {options.scheduler.url} as {options.member.name}")
-                    if counted:
-                        options.announce(f"numbers at http://{counted.address}/metrics")
-                    stop.wait()
-                    worker.finish()
-    return 0
+        make: type[Buildbarn | BuildGrid] = Buildbarn if options.buildbarn else BuildGrid
+        source: Buildbarn | BuildGrid = make(channel, options.scheduler.instance, options.member)
+        stack.enter_context(source)
+        storage = make_storage(services, upstream, results=options.buildbarn)
+        if counted:
+            counted.metrics.watch_source(source.statistics)
+        reports = (counted.metrics,) if counted else ()
+        worker = stack.enter_context(LocalWorker(services, source, options.worker, reports, storage, guard))
+
+        def give_back() -> None:
+            stop.set()
+            # It may wait for locks, which the thread that hears signals must not.
+            threading.Thread(target=source.stop_all, name="giving back", daemon=True).start()
+
+        def gone(fault: str) -> None:
+            say(f"{fault}; the worker ends")
+            ending.begin(Exit.STORE, fault, step=1)
+
+        # Until the end of the process, if it was begun. Entered last, as threads that closing waits for are below.
+        ending = stack.enter_context(Ending(Step(stop.set), Step(give_back, _GIVE_BACK_SECONDS)))
+        watch.start(gone)
+        options.announce(f"working for {options.scheduler.url} as {options.member.name}")
+        if counted:
+            options.announce(f"numbers at http://{counted.address}/metrics")
+        stop.wait()
+        worker.finish()
+        # From here on nothing is waited for that may take long.
+        ending.begin(Exit.OK, "what ran is finished", step=1)
+    return ending.code
 
 
 class _Counted(NamedTuple):
@@ -97,23 +121,3 @@ def _counting(options: ClusterOptions, store: Store) -> Iterator[_Counted | None
         yield _Counted(metrics, address._replace(port=port))
     finally:
         close()
-
-
-@contextmanager
-def _signals(first: Callable[[], object], more: Callable[[], object]) -> Iterator[None]:
-    """Have the first signal that ends a process do one thing, and each further one another; in a thread."""
-    came = 0
-
-    def act(_: int) -> None:
-        nonlocal came
-        came += 1
-        (first if came == 1 else more)()
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: None) for number in numbers]
-    try:
-        with acting_on_signals(act):
-            yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

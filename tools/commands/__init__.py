@@ -5,7 +5,8 @@ A verb's module has two functions:
     add_arguments(parser)        declare what the verb takes
     run(args, settings) -> int   do it; returns an exit code, raises what `tools.exits` knows
 
-and a text EXAMPLES, a command a line with a comment behind it, which its help ends with.
+and a text EXAMPLES, a command a line with a comment behind it, which its help ends with; and perhaps one, EXITS, that
+says when it ends with which code, where the table of `casfs --help` is not enough.
 
 The tables of verbs say what ``--help`` lists, so that listing them costs no import.
 """
@@ -92,6 +93,8 @@ class _Verbs(_SubParsersAction):
             verb.add_arguments(parser)
             parser.formatter_class = argparse.RawDescriptionHelpFormatter
             parser.epilog = "\n  ".join(["examples:", *verb.EXAMPLES.strip().splitlines()])
+            if hasattr(verb, "EXITS"):
+                parser.epilog += "\n\n" + "\n  ".join(["exit codes:", *verb.EXITS.strip("\n").splitlines()])
             if hasattr(verb, "run"):
                 parser.set_defaults(run=verb.run)
         return parser

@@ -31,6 +31,16 @@ casfs serve --upstream grpcs://cache.example/main --write-back
 bazel build --remote_cache=grpc://127.0.0.1:8980 //...
 """
 
+EXITS = """
+  0  after SIGTERM or Ctrl-C: calls have ended, or were broken off after --drain-timeout
+  1  a process of several ended by itself
+  2  the command or its input is wrong
+  4  the store can't be used, or was deleted or replaced, which is noticed within seconds
+  6  a call, thread or disk hung: the server ended itself 3 s after --drain-timeout
+130  after a second Ctrl-C, 143 after a second SIGTERM: at once
+142  as 6, where not even that was possible (SIGALRM; a second later)
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``casfs serve`` takes; each is also a key under [serve] of the configuration."""
@@ -101,12 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain-timeout",
         metavar="DURATION",
-        help="at SIGTERM, let calls that are on end within so long; the exit code is 0 then (default: 20s)",
+        help="at SIGTERM or Ctrl-C, let calls that are on end within so long; a second one ends it at once "
+        "(default: 20s)",
     )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Serve until SIGTERM or Ctrl-C. The codes are those of EXITS."""
     try:
         import google.protobuf  # noqa: F401 - the processes import what they need after they were forked
     except ImportError as error:

@@ -28,6 +28,16 @@ casfs worker --buildgrid grpcs://build.example/main --token worker.token --jobs 
 casfs worker --buildbarn grpc://scheduler:8983 --upstream grpc://storage:8980
 """
 
+EXITS = """
+  0  after SIGTERM or Ctrl-C: what ran is finished, or, after a second one, given back
+  2  the command or its input is wrong
+  4  the store can't be used, or was deleted or replaced: what ran is given back
+  5  this machine or user lacks what sandboxes need
+  6  something hung: it ended itself 23 s after its last action, or after the second signal
+130  after a third Ctrl-C, 143 after a third SIGTERM: at once, actions included
+142  as 6, where not even that was possible (SIGALRM; a second later)
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments. Each is also a key under [worker]."""
@@ -71,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Work until SIGTERM or Ctrl-C; what runs then is finished, unless there comes another."""
+    """Work until SIGTERM or Ctrl-C; what runs then is finished, unless there comes another. See EXITS."""
     settings = apply_upstream(args, settings)
     options = _options(args, settings)
     from tools.cluster.working import work

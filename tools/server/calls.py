@@ -134,7 +134,7 @@ class Calls:
         self._gate = gate
         self._cas = services.cas
         self._stream = services.bytestream
-        cas, actions, stream = services.cas, services.actions, services.bytestream
+        cas, actions = services.cas, services.actions
         endpoints = [
             self._quick(methods.GET_CAPABILITIES, lambda request, may_wait: services.capabilities.get(request)),
             self._quick(methods.GET_ACTION_RESULT, lambda request, may_wait: actions.get(request, may_wait=may_wait)),

@@ -62,9 +62,7 @@ class Batch:
 class ContentAddressableStorage:
     """Answers for one store."""
 
-    def __init__(
-        self, instances: Instances, presence: Presence, finder: Finder, downloads: Downloads
-    ) -> None:
+    def __init__(self, instances: Instances, presence: Presence, finder: Finder, downloads: Downloads) -> None:
         """`finder` knows what can be had, `presence` what is here."""
         self._instances = instances
         self._presence = presence

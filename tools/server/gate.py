@@ -32,7 +32,7 @@ from tools.server.storing import Settle, Store, Storing, Whole
 
 _BLOBS_MOST = 2048
 _BYTES_MOST = 16 << 20
-"""That the store's threads has at a time: enough for two groups, and few enough that the last of them doesn't wait long."""
+"""That the store's threads have at a time: some groups, and few enough that the last blob of them doesn't wait long."""
 
 
 class Client(NamedTuple):

@@ -46,7 +46,7 @@ class GrpcCounting:
                 return answer
             if answer is LATER:
                 return answer
-            return self._finish(method, call, cast("Coroutine[Any, Any, Answer]", answer))
+            return self._finish(method, call, answer)
 
         return endpoint._replace(begin=begin)
 

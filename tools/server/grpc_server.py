@@ -45,5 +45,8 @@ class GrpcServer:
         """Take no more calls, let those that are on end within so many seconds, then break them off."""
         self._health.set(serving=False)
         await self._server.drain(seconds)
+
+    def close(self) -> None:
+        """End the threads, when they have done what they are at; after it has drained, and who else uses the gate."""
         self.gate.close()
         self._calls.close()

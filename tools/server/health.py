@@ -37,12 +37,14 @@ class Health:
 
     def __init__(self, services: Iterable[str]) -> None:
         self._names = frozenset(("", *services))
-        self._serving = False
+        self._serving = self._ended = False
         self._changed = asyncio.Event()
         self.endpoints = [Endpoint(_CHECK, self._check), Endpoint(_WATCH, self._watch)]
 
     def set(self, *, serving: bool) -> None:
         """Say so from now on."""
+        # Who watches learns that, and isn't waited for by a server that drains.
+        self._ended = self._serving and not serving
         self._serving = serving
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -58,6 +60,8 @@ class Health:
         while True:
             changed = self._changed
             await context.write(self._answer(name))
+            if self._ended:
+                return
             await changed.wait()
 
     def _answer(self, name: str) -> bytes:

@@ -406,7 +406,7 @@ class ConnectionCalls:
         if answer is None or isinstance(answer, bytes):
             self.answer(call, answer)
             return
-        coming = cast("Coroutine[Any, Any, Answer]", answer)
+        coming = answer
         if self.connection.streams.get(call.id) is not call:
             coming.close()
             return

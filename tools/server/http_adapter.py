@@ -47,7 +47,7 @@ from tools.server.metrics import Half, Metrics
 from tools.server.pages import Page, Pages
 from tools.server.recent import Recent
 from tools.server.sending import Sending
-from tools.server.status import as_status, log
+from tools.server.status import as_status, faults
 from tools.server.storing import settle_future
 from tools.server.waiting import FETCH_THREADS, Waiting
 
@@ -86,6 +86,8 @@ class HttpAdapter:
         self._metrics = metrics
         self._recent = recent
         self._names = names
+        self.ending = ""
+        """Why the server ends, if it does."""
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, and count it."""
@@ -195,7 +197,7 @@ class HttpAdapter:
             await response.write_eof()
         except Exception as error:
             if not isinstance(error, ConnectionError | TooSlow):
-                log.exception("an answer broke off")
+                faults.note(error, "an answer broke off")
             if request.transport is not None:
                 request.transport.abort()
             raise ConnectionResetError from error
@@ -319,6 +321,8 @@ class HttpAdapter:
         path, _, query = request.raw_path.partition("?")
         if path == "/healthz":
             # Who checks whether a server lives needn't be able to use it.
+            if self.ending:
+                return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text=f"{self.ending}\n")
             return web.Response(text="ok\n")
         self._check(request, Right.READ)
         if path == "/metrics":

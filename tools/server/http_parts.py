@@ -40,7 +40,6 @@ class HttpParts:
         services: Services,
         access: Access,
         limits: HttpLimits,
-        drain_seconds: float,
         gate: Gate,
         *,
         validate: bool,
@@ -69,4 +68,4 @@ class HttpParts:
         pages = Pages(store, services.downloads, self._sizes, self.metrics, self._recent, services.scheduler)
         waiting = Waiting(limits.idle_seconds)
         adapter = HttpAdapter(cache, pages, access, waiting, gate, self.metrics, self._recent, names)
-        return HttpServer(adapter, limits, self._recent, drain_seconds)
+        return HttpServer(adapter, limits, self._recent)

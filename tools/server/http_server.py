@@ -18,19 +18,26 @@ from aiohttp.web_protocol import RequestHandler
 from tools.server.address import Address, listen
 from tools.server.http_adapter import HttpAdapter
 from tools.server.recent import SAMPLE_SECONDS, Recent
+from tools.server.status import faults
 
 
-def _is_ours(record: logging.LogRecord) -> bool:
-    """What a client does wrong is told to the client; logged, anybody could fill a disk with it."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+def _fold(record: logging.LogRecord) -> bool:
+    """Whether aiohttp shall log it. Errors are counted instead: logged each time, they could fill a disk."""
+    error = record.exc_info[1] if record.exc_info else None
+    # What a client does wrong is told to the client alone.
+    if error is not None and not isinstance(error, HttpProcessingError):
+        faults.note(error, "%s", record.getMessage())
+    return error is None
 
 
 _log = logging.getLogger("casfs.http")
-_log.addFilter(_is_ours)
+_log.addFilter(_fold)
 _BACKLOG = 1024
 _READ_BYTES = 256 << 10
 _LINGER_SECONDS = 2.0
 """How long a body is read on that was refused, so that its client gets to see why."""
+_BREAK_SECONDS = 0.2
+"""What a request that is broken off has to notice it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +106,9 @@ _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 class HttpServer:
     """One server, in the running loop."""
 
-    def __init__(self, adapter: HttpAdapter, limits: HttpLimits, recent: Recent, drain_seconds: float) -> None:
-        """`drain_seconds`: what requests that are on have when it ends."""
+    def __init__(self, adapter: HttpAdapter, limits: HttpLimits, recent: Recent) -> None:
         self._adapter = adapter
         self._recent = recent
-        self._drain_seconds = drain_seconds
         self._runner = web.ServerRunner(_Server(self._handle, limits), shutdown_timeout=_LINGER_SECONDS)
         self._sampling: asyncio.Task[None] | None = None
         self._busy = 0
@@ -135,17 +140,27 @@ class HttpServer:
             self._recent.sample()
             await asyncio.sleep(SAMPLE_SECONDS)
 
-    async def drain(self) -> None:
-        """Take no more requests, let those that are on end in their time, then break them off."""
+    async def drain(self, seconds: float, reason: str) -> None:
+        """Take no more requests, let those that are on end within so many seconds, then break them off.
+
+        `reason`: why, for those that check whether the server lives.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
         if self._sampling is not None:
             self._sampling.cancel()
         self._draining = True
+        self._adapter.ending = reason
         for site in self._runner.sites:
             await site.stop()
         # Not left to the runner: from the moment on that it is told to end, aiohttp takes no more of any body.
         if self._busy:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._drain_seconds):
+                async with asyncio.timeout_at(until):
                     await self._idle.wait()
+        # Nor is this: it would give another while to what had its time.
+        if self._runner.server is not None:
+            self._runner.server.pre_shutdown()
+            await self._runner.server.shutdown(max(_BREAK_SECONDS, min(_LINGER_SECONDS, until - loop.time())))
         await self._runner.cleanup()
         self._adapter.close()

@@ -14,6 +14,7 @@ from contextlib import suppress
 READY = "READY=1"
 STOPPING = "STOPPING=1"
 _VARIABLE = "NOTIFY_SOCKET"
+_SECONDS = 1.0
 
 
 def notify(state: str) -> None:
@@ -21,6 +22,8 @@ def notify(state: str) -> None:
     address = os.environ.get(_VARIABLE, "")
     if address.startswith(("/", "@")):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            # One that takes nothing must not hold up who ends.
+            channel.settimeout(_SECONDS)
             # "@" stands for the NUL of the abstract namespace.
             channel.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 

@@ -1,33 +1,35 @@
 """`casfs serve`: where a store, the services, their guards and the servers are put together, and a process's life.
 
 With several processes, each has all of it, and they share the ports
-(SO_REUSEPORT: the kernel spreads connections) and the store. They are forked
-before anything is opened: neither LMDB nor gRPC survives a fork.
+(SO_REUSEPORT: the kernel spreads connections) and the store.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from casfs.daemon import logging_to
-from casfs.signals import acting_on_signals
 from store.errors import BadInput
 from store.layout import Layout
 from store.repository import SourceOptions, Store
 from store.sessions import Session
+from tools.exits import Exit
 from tools.server.address import Address, check_plain, reserve
+from tools.server.ending import GRACE_SECONDS, Ending, Step
+from tools.server.fault_log import FaultLog
 from tools.server.guards import Guards
-from tools.server.notify import READY, STOPPING, be_no_main_process, notify
+from tools.server.notify import READY, STOPPING, notify
+from tools.server.processes import say, supervise
 from tools.server.services import ServiceOptions, Services
+from tools.server.status import faults
+from tools.server.store_watch import StoreWatch
 from tools.server.tls import TlsFiles
 from tools.upstream.options import UpstreamOptions
 from tools.upstream.sources import Upstream, parts
@@ -36,13 +38,14 @@ if TYPE_CHECKING:
     from casfs.guarding import Guard
     from tools.server.calls import Wrap
     from tools.server.gate import Gate
-    from tools.server.grpc_counting import GrpcCounting
     from tools.server.grpc_server import GrpcServer
     from tools.server.http_parts import HttpParts
+    from tools.server.http_server import HttpServer
     from tools.worker.local import WorkerOptions
     from tools.worker.report import ReportTaker
 
 DRAIN_SECONDS = 20.0
+_loop_faults = FaultLog(logging.getLogger("asyncio"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +104,10 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until SIGTERM or SIGINT; what is under way then is finished. Returns an exit code.
+    """Serve until SIGTERM or SIGINT; what is under way then is finished, until the drain time is over.
 
-    SIGHUP has tokens and certificates read again. A service manager is told, if there is one.
+    Returns an exit code, unless the process had to be ended as it was: after a second signal, or where something hung
+    (see `Ending`). SIGHUP has tokens and certificates read again. A service manager is told, if there is one.
     """
     options.check()
     with ExitStack() as stack:
@@ -114,6 +118,7 @@ def serve(options: ServeOptions) -> int:
             guard = stack.enter_context(prepare_process())
         # Made, or refused, while there is a terminal to tell it.
         Store.open(options.store).close()
+        watch = stack.enter_context(StoreWatch(options.store))
         options = _reserve(options, stack)
         secure = "" if options.tls is None else "s"
 
@@ -124,11 +129,22 @@ def serve(options: ServeOptions) -> int:
             notify(READY)
 
         if options.processes == 1:
-            asyncio.run(_serve(options, announce, guard))
-            return 0
+            return _run(options, announce, watch, say, guard=guard)
         if options.http_address is not None:
             _share_numbers(options.store, stack)
-        return _supervise(options, announce)
+        # A process does not insist on its end when there are more signals: a terminal and some service managers signal
+        # all processes, so that the one which the supervisor passes on would be the second. That one kills instead.
+        return supervise(
+            options.processes,
+            lambda ready: _run(options, ready, watch, lambda line: None, insist=False),
+            options.drain_seconds + GRACE_SECONDS,
+            announce,
+            lambda code: _gone(watch.find_fault()) if code == Exit.STORE else "",
+        )
+
+
+def _gone(fault: str) -> str:
+    return fault and f"{fault}; the server ends"
 
 
 def _reserve(options: ServeOptions, stack: ExitStack) -> ServeOptions:
@@ -149,90 +165,6 @@ def _share_numbers(store: Path, stack: ExitStack) -> None:
     session = Session(Layout(store), spares=False)
     stack.callback(session.close)
     share_among_processes(session.directory)
-
-
-def _supervise(options: ServeOptions, announce: Callable[[], None]) -> int:
-    """Run the processes; when one ends by itself, all do, and a service manager begins anew."""
-    stopping = False
-    children: set[int] = set()
-
-    def stop() -> None:
-        nonlocal stopping
-        stopping = True
-        notify(STOPPING)
-        send(signal.SIGTERM)
-
-    def send(number: int) -> None:
-        for child in children.copy():
-            with suppress(ProcessLookupError):
-                os.kill(child, number)
-
-    def act(number: int) -> None:
-        if number == signal.SIGHUP:
-            send(number)
-        else:
-            stop()
-
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    readable, writable = os.pipe()
-    for _ in range(options.processes):
-        child = os.fork()
-        if not child:
-            os.close(readable)
-            _end_with(_run_child(options, writable))
-        children.add(child)
-    os.close(writable)
-    for number in signals:
-        signal.signal(number, lambda *_: None)
-    with acting_on_signals(act):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        ready = 0
-        while ready < options.processes and (data := os.read(readable, 64)):
-            ready += len(data)
-        os.close(readable)
-        if ready == options.processes:
-            announce()
-        code = 0
-        while children:
-            child, status = os.wait()
-            children.discard(child)
-            code = max(code, os.waitstatus_to_exitcode(status) and 1)
-            if not stopping:
-                code = 1
-                stop()
-    return code
-
-
-def _run_child(options: ServeOptions, ready: int) -> int:
-    """One of the processes; returns its exit code."""
-    # The parent's death ends it, however that came.
-    _die_with_parent()
-    be_no_main_process()
-    try:
-        asyncio.run(_serve(options, lambda: _tell(ready)))
-    except Exception as error:  # noqa: BLE001 - the process ends here
-        print(f"casfs: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _tell(ready: int) -> None:
-    os.write(ready, b".")
-    os.close(ready)
-
-
-def _end_with(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _die_with_parent() -> None:
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
 
 
 def _keep_memory() -> None:
@@ -256,48 +188,88 @@ def _keep_memory() -> None:
         mallopt(m_trim_threshold, 64 << 20)
 
 
-async def _serve(options: ServeOptions, announce: Callable[[], None], guard: Guard | None = None) -> None:
-    """One process: open all, serve, drain, close all."""
-    _keep_memory()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+def _run(
+    options: ServeOptions,
+    announce: Callable[[], None],
+    watch: StoreWatch,
+    tell_person: Callable[[str], object],
+    *,
+    guard: Guard | None = None,
+    insist: bool = True,
+) -> int:
+    """One process, from its loop's begin to its end; returns its exit code."""
     guards = options.guards()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, guards.reload)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    stop = asyncio.Event()
+    runner = asyncio.Runner()
+    loop = runner.get_loop()
+
+    def tell(call: Callable[[], object]) -> None:
+        # That the loop's socket pair is full does no harm here: the call is in its list already.
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(call)
+
+    def gone(fault: str) -> None:
+        tell_person(_gone(fault))
+        ending.begin(Exit.STORE, fault)
+
+    with (
+        Ending(
+            Step(lambda: tell(stop.set), options.drain_seconds + GRACE_SECONDS),
+            reload=lambda: tell(guards.reload),
+            insist=insist,
+        ) as ending,
+        runner,
+    ):
+        watch.start(gone)
+        runner.run(_serve(options, announce, guards, guard, stop, ending))
+    return ending.code
+
+
+async def _serve(
+    options: ServeOptions,
+    announce: Callable[[], None],
+    guards: Guards,
+    guard: Guard | None,
+    stop: asyncio.Event,
+    ending: Ending,
+) -> None:
+    """Open all, serve until `stop` is set, drain, close all."""
+    _keep_memory()
+    asyncio.get_running_loop().set_exception_handler(_note_exception)
     sources, upstream = options.sources, None
     if options.upstream is not None:
         upstream = Upstream(options.upstream, sources.timeout)
         sources = replace(sources, remote=partial(parts, upstream))
-    with Store.open(options.store, sources=sources) as store, logging_to(store.layout.log):
-        if options.http_address is None:
-            with (
-                Services(store, options.services, upstream) as services,
-                _working(options, services, guard) as stop_work,
-            ):
-                async with _serving_grpc(options, services, guards):
-                    announce()
-                    await stop.wait()
-                    notify(STOPPING)
-                    stop_work()
-            return
-        from tools.server.http_parts import HttpParts
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.open(options.store, sources=sources))
+        stack.enter_context(logging_to(store.layout.log))
+        stack.callback(faults.flush)
+        stack.callback(_loop_faults.flush)
+        http = None
+        if options.http_address is not None:
+            from tools.server.http_parts import HttpParts
 
-        limits = options.services.limits
-        http = HttpParts(store, limits.limit if limits else 0)
-        with (
-            Services(store, options.services, upstream, http.metrics.note_collection) as services,
-            _working(options, services, guard, http.reports) as stop_work,
-        ):
-            async with (
-                _serving_grpc(options, services, guards, http.counting) as grpc,
-                _serving_http(options, options.http_address, services, guards, http, grpc.gate),
-            ):
-                announce()
-                await stop.wait()
-                notify(STOPPING)
-                stop_work()
+            limits = options.services.limits
+            http = HttpParts(store, limits.limit if limits else 0)
+        told = () if http is None else (http.metrics.note_collection,)
+        services = stack.enter_context(Services(store, options.services, upstream, *told))
+        reports = () if http is None else http.reports
+        stop_work = stack.enter_context(_working(options, services, guard, reports))
+        async with _serving(options, services, guards, http, ending):
+            announce()
+            await stop.wait()
+            notify(STOPPING)
+            services.end_within(options.drain_seconds)
+            stop_work()
+
+
+def _note_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What no task or callback has caught: a bug, which each call may meet."""
+    error = context.get("exception")
+    if error is None:
+        loop.default_exception_handler(context)
+    else:
+        _loop_faults.note(error, "%s", context["message"])
 
 
 @contextmanager
@@ -315,12 +287,27 @@ def _working(
 
 
 @asynccontextmanager
-async def _serving_grpc(
-    options: ServeOptions,
-    services: Services,
-    guards: Guards,
-    counting: GrpcCounting | None = None,
-) -> AsyncIterator[GrpcServer]:
+async def _serving(
+    options: ServeOptions, services: Services, guards: Guards, http: HttpParts | None, ending: Ending
+) -> AsyncIterator[None]:
+    """Take calls; at the end drain, all transports in the same time."""
+    seconds = options.drain_seconds
+    grpc = _make_grpc(options, services, guards, http)
+    drains: list[Callable[[], Awaitable[None]]] = [lambda: grpc.drain(seconds)]
+    try:
+        await grpc.start(options.address, guards.certificates)
+        if http is not None and options.http_address is not None:
+            web = _make_http(options, options.http_address, services, guards, http, grpc.gate)
+            drains.append(lambda: web.drain(seconds, ending.reason or "the server ends"))
+            certificates = guards.certificates
+            await web.start(options.http_address, None if certificates is None else certificates.context())
+        yield
+    finally:
+        await asyncio.gather(*(drain() for drain in drains))
+        grpc.close()
+
+
+def _make_grpc(options: ServeOptions, services: Services, guards: Guards, http: HttpParts | None) -> GrpcServer:
     from tools.server.grpc_server import GrpcServer
     from tools.server.limits import GrpcLimits
 
@@ -330,29 +317,15 @@ async def _serving_grpc(
         idle_seconds=options.idle_seconds,
         uploads=options.uploads,
     )
-    wrap: Wrap = (lambda endpoint: endpoint) if counting is None else counting.wrap
-    server = GrpcServer(services, guards, limits, wrap)
-    try:
-        await server.start(options.address, guards.certificates)
-        yield server
-    finally:
-        await server.drain(options.drain_seconds)
+    wrap: Wrap = (lambda endpoint: endpoint) if http is None else http.counting.wrap
+    return GrpcServer(services, guards, limits, wrap)
 
 
-@asynccontextmanager
-async def _serving_http(
+def _make_http(
     options: ServeOptions, address: Address, services: Services, guards: Guards, parts: HttpParts, gate: Gate
-) -> AsyncIterator[None]:
+) -> HttpServer:
     from tools.server.http_server import HttpLimits
 
-    limits = HttpLimits(idle_seconds=options.idle_seconds)
-    http, certificates = options.http, guards.certificates
+    limits, http = HttpLimits(idle_seconds=options.idle_seconds), options.http
     names = http.names if http.names or address.is_loopback else None
-    server = parts.make_server(
-        services, guards, limits, options.drain_seconds, gate, validate=http.validate, most=http.most, names=names
-    )
-    try:
-        await server.start(address, None if certificates is None else certificates.context())
-        yield
-    finally:
-        await server.drain()
+    return parts.make_server(services, guards, limits, gate, validate=http.validate, most=http.most, names=names)

@@ -89,6 +89,11 @@ class Services:
         if self.write_back is not None:
             self.write_back.add(digests)
 
+    def end_within(self, seconds: float) -> None:
+        """What waits for others at the end has that long from now on."""
+        if self.write_back is not None:
+            self.write_back.end_within(seconds)
+
     def close(self) -> None:
         """End what runs in the background; the store stays open."""
         self.desk.close()

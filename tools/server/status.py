@@ -11,8 +11,11 @@ from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated.error_details_pb2 import PreconditionFailure
 from tools.reapi.generated.status_pb2 import Status
 from tools.server import errors
+from tools.server.fault_log import FaultLog
 
 log = logging.getLogger("casfs.serve")
+faults = FaultLog(log)
+"""Where errors go that are nobody's mistake but ours, or the disk's."""
 
 _TABLE: tuple[tuple[type[Exception], codes.Code], ...] = (
     (errors.InvalidArgument, codes.INVALID_ARGUMENT),
@@ -49,12 +52,12 @@ def find_code(error: Exception) -> codes.Code:
 
 
 def as_status(error: Exception | None) -> Status:
-    """An error, or None for what went well, as a message. What nobody expected is logged, and not told."""
+    """An error, or None for what went well, as a message. What is unexpected is logged, and not told."""
     if error is None:
         return Status()
     code = find_code(error)
     if code == codes.INTERNAL:
-        log.error("unexpected %s", type(error).__name__, exc_info=error)
+        faults.note(error, "unexpected %s", type(error).__name__)
         return Status(code=code, message="an internal error, see the server's log")
     status = Status(code=code, message=str(error))
     if isinstance(error, errors.FailedPrecondition) and error.missing:

@@ -89,7 +89,8 @@ class Storing:
                 return  # the loop has ended, and nobody waits
 
     def _take(self) -> list[Whole]:
-        waiting, group, size = self._waiting, [], 0
+        waiting, size = self._waiting, 0
+        group: list[Whole] = []
         while waiting and len(group) < _GROUP_BLOBS and size < _GROUP_BYTES:
             whole = waiting.popleft()
             group.append(whole)

@@ -77,6 +77,8 @@ class WriteBack:
         self._sent_blobs = 0
         self._sent_results = 0
         self._end = float("inf")
+        # Set before `close`:
+        self._latest = float("inf")
 
     def add(self, items: Sequence[Digest | Result]) -> None:
         """Note what the upstream shall have."""
@@ -99,15 +101,20 @@ class WriteBack:
             "waiting": len(self._waiting),
         }
 
+    def end_within(self, seconds: float) -> None:
+        """Let `close` send for no longer than that, counted from now."""
+        self._latest = time.monotonic() + seconds
+
     def close(self) -> None:
         """Send what waits, as far as that goes within some seconds."""
         with self._changed:
             self._closed = True
-            self._end = time.monotonic() + self._limits.end_seconds
+            now = time.monotonic()
+            self._end = max(now, min(now + self._limits.end_seconds, self._latest))
             thread = self._thread
             self._changed.notify_all()
         if thread is not None:
-            thread.join(self._limits.end_seconds + 1.0)
+            thread.join(self._end - now + 1.0)
         with self._changed:
             left = len(self._waiting)
             if thread is not None and thread.is_alive():

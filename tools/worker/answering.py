@@ -12,7 +12,7 @@ from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.generated.status_pb2 import Status
 from tools.server.errors import ServeError
-from tools.server.status import as_status
+from tools.server.status import as_status, faults
 from tools.worker.errors import Cancelled, ScratchFull, WorkerError
 from tools.worker.run import Executor, Run, stamp
 
@@ -58,7 +58,7 @@ def _explain(run: Run, error: Exception) -> Status:
             # Another worker may be able to, or this one later.
             code = codes.UNAVAILABLE
         case _:
-            log.error("action %s: unexpected", run.assignment.action, exc_info=error)
+            faults.note(error, "action %s: unexpected", run.assignment.action)
             return Status(code=codes.INTERNAL, message="an internal error, see the worker's log")
     log.warning("action %s: %s", run.assignment.action, error)
     return Status(code=code, message=f"the worker {run.worker} couldn't run the action: {error}")

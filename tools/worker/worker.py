@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import threading
 
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.server.status import faults
 from tools.worker.executor import Parts, make_executor
 from tools.worker.run import Executor, Run
 from tools.worker.work import Assignment, WorkSource
-
-log = logging.getLogger("casfs.worker")
 
 _PR_SET_CHILD_SUBREAPER = 36
 MEMORY_AT_LEAST = 1 << 30
@@ -66,9 +64,9 @@ class Worker:
     def _execute(executor: Executor, assignment: Assignment) -> None:
         try:
             response = executor.execute(Run(assignment))
-        except Exception:
+        except Exception as error:  # noqa: BLE001 - logged
             # The chain answers for all errors but those of who is told of them; this thread is needed for others.
-            log.exception("action %s", assignment.action)
+            faults.note(error, "action %s", assignment.action)
             response = reapi.ExecuteResponse()
             response.status.code = codes.INTERNAL
             response.status.message = "an internal error, see the worker's log"

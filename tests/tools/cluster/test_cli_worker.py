@@ -59,3 +59,19 @@ def test_a_scheduler_that_isnt_there_is_waited_for(casfs: Casfs) -> None:
         worker.terminate()
         _, err = worker.communicate(timeout=30)
     assert (worker.returncode, err) == (0, b"")
+
+
+def test_a_worker_whose_store_is_gone_says_so_and_ends(casfs: Casfs) -> None:
+    worker = casfs.start("worker", *GRID, "--name", "nobody's")
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"working for grpc://127.0.0.1:1 as nobody's\n"
+        casfs.store.rename(casfs.directory / "away")
+        _, err = worker.communicate(timeout=60)
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert worker.returncode == Exit.STORE
+    # Its log is in the store: that it can't be written may be said, too.
+    [said] = [line for line in err.decode().splitlines() if "can't write to" not in line]
+    assert said.startswith(f"casfs: the store in {casfs.store} is gone: "), err

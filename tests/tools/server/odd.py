@@ -143,6 +143,7 @@ def serving(store: Store, odd: Odd | None = None, wrap: Wrap = lambda endpoint: 
             ready.set_result(await server.start(Address("127.0.0.1", 0), None))
             await stop.wait()
             await server.drain(0.1)
+            server.close()
 
         thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
         thread.start()
