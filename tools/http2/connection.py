@@ -60,6 +60,8 @@ class Connection:
         self._data = b""
         self._position = 0
         """Of `_data`, what is worked on next."""
+        self.hungry = False
+        """What is unparsed is a part of a frame: without more nothing can be done."""
         self._partial: tuple[int, int, list[bytes]] | None = None
         """Of headers that aren't whole yet: stream, flags, the parts."""
         self._last = 0
@@ -91,6 +93,7 @@ class Connection:
             data = self._data[self._position :] + data
         self._data = data
         self._position = 0
+        self.hungry = False
 
     @property
     def unparsed(self) -> int:
@@ -123,6 +126,7 @@ class Connection:
                 stop = start + length
                 if stop > end:
                     self._position = position
+                    self.hungry = True
                     return False
                 position = stop
                 stream_id &= frames.WINDOW_MOST
@@ -142,7 +146,8 @@ class Connection:
             self._data, self._position = b"", 0
             return False
         self._position = position
-        return position >= last
+        self.hungry = position < last
+        return not self.hungry
 
     def _take_data(self, stream_id: int, flags: int, data: bytes) -> None:
         length = len(data)

@@ -183,7 +183,8 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _read_or_not(self) -> None:
         most = _READ_LEAST if self._load.is_full else _READ_MOST
-        reading = self._calls.paused is None and self._connection.unparsed < most
+        connection = self._connection
+        reading = self._calls.paused is None and (connection.unparsed < most or connection.hungry)
         if reading != self._reading and not self._transport.is_closing():
             self._reading = reading
             if reading:
