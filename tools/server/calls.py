@@ -335,11 +335,13 @@ class Calls:
     def _add_whole(self, small: SmallWrite, call: Call) -> None:
         stream, name = self._stream, small.name
         stream.forget(name)
+        # Made now: of an upload that waits nothing is held but the blob's bytes.
+        answer = small.answer().SerializeToString()
 
         def settle(refused: Exception | None) -> None:
             if refused is None:
                 stream.note(name)
-                call.answer(small.answer().SerializeToString())
+                call.answer(answer)
             else:
                 call.fail(refused)
 

@@ -18,7 +18,6 @@ Used in the loop's thread.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -31,7 +30,7 @@ from tools.server.load import Load
 from tools.server.storing import Settle, Store, Storing, Whole
 
 _BLOBS_MOST = 2048
-_BYTES_MOST = 16 << 20
+_BYTES_MOST = 12 << 20
 """That the store's threads have at a time: some groups, and few enough that the last blob of them doesn't wait long."""
 
 
@@ -57,7 +56,7 @@ class Gate:
         """`turns`: uploads that come piece by piece and are taken at a time."""
         self.load = load
         self._storing = Storing(store, self._pump)
-        self._coming: dict[Digest, deque[_Bringer]] = {}
+        self._coming: dict[Digest, list[_Bringer]] = {}
         """Blobs that wait or are being stored: the first one's bytes are, the others wait for what becomes of them."""
         self._whole: FairQueue[Digest] = FairQueue()
         self._free = turns
@@ -95,7 +94,7 @@ class Gate:
         if waiting is not None:
             waiting.append(bringer)
             return
-        self._coming[digest] = deque((bringer,))
+        self._coming[digest] = [bringer]
         self._whole.push(bringer.client.token, bringer.client.connection, digest)
         if len(self._whole) == 1:
             self._pump()
@@ -112,18 +111,21 @@ class Gate:
             self._storing.add(Whole(digest, bringer.data or b"", partial(self._settle, digest)))
 
     def _settle(self, digest: Digest, refused: Exception | None) -> None:
-        waiting = self._coming[digest]
-        waiting.popleft().settle(refused)
-        while waiting:
-            following = waiting.popleft()
-            if following.data is not None and isinstance(refused, DigestMismatch):
-                # The first one's bytes were wrong; that says nothing of these.
-                waiting.appendleft(following)
+        # Forgotten before anybody is told: who is may bring it again.
+        first, *others = self._coming.pop(digest)
+        if isinstance(refused, DigestMismatch):
+            # The first one's bytes were wrong; that says nothing of those of the others.
+            bringing = [bringer for bringer in others if bringer.data is not None]
+            if bringing:
+                following = bringing[0]
+                others.remove(following)
+                self._coming[digest] = [following, *others]
                 self._whole.push(following.client.token, following.client.connection, digest)
-                return
-            self.load.release(following.client.connection, len(following.data or b""))
-            following.settle(refused)
-        del self._coming[digest]
+                others = []
+        first.settle(refused)
+        for bringer in others:
+            self.load.release(bringer.client.connection, len(bringer.data or b""))
+            bringer.settle(refused)
 
     @asynccontextmanager
     async def turn(self, client: Client) -> AsyncIterator[None]:
