@@ -59,7 +59,7 @@ class Gate:
         self._coming: dict[Digest, list[_Bringer]] = {}
         """Blobs that wait or are being stored: the first one's bytes are, the others wait for what becomes of them."""
         self._whole: FairQueue[Digest] = FairQueue()
-        self._free = turns
+        self._most = self._free = turns
         self._turns: FairQueue[asyncio.Future[None]] = FairQueue()
 
     @property
@@ -109,6 +109,7 @@ class Gate:
             bringer = self._coming[digest][0]
             self.load.release(bringer.client.connection, len(bringer.data or b""))
             self._storing.add(Whole(digest, bringer.data or b"", partial(self._settle, digest)))
+        self._pass_on()
 
     def _settle(self, digest: Digest, refused: Exception | None) -> None:
         # Forgotten before anybody is told: who is may bring it again.
@@ -128,31 +129,36 @@ class Gate:
             bringer.settle(refused)
 
     @asynccontextmanager
-    async def turn(self, client: Client) -> AsyncIterator[None]:
-        """Have one of the turns; waits for it."""
-        if self._free:
-            self._free -= 1
-        else:
-            mine = asyncio.get_running_loop().create_future()
-            self._turns.push(client.token, client.connection, mine)
-            try:
-                await mine
-            except asyncio.CancelledError:
-                if mine.done() and not mine.cancelled():
-                    self._pass_on()
-                raise
+    async def turn(self, client: Client, held: int = 0) -> AsyncIterator[None]:
+        """Have one of the turns; waits for it, with so many bytes in memory."""
+        mine = asyncio.get_running_loop().create_future()
+        self.load.hold(client.connection, held)
+        self._turns.push(client.token, client.connection, mine)
+        try:
+            self._pass_on()
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self._give_back()
+            raise
+        finally:
+            self.load.release(client.connection, held)
         try:
             yield
         finally:
-            self._pass_on()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._free += 1
+        self._pass_on()
 
     def _pass_on(self) -> None:
-        while self._turns:
+        """Turns for those that wait: not while there is too much to store already, unless nobody has one."""
+        while self._turns and self._free and (self._has_room or self._free == self._most):
             following = self._turns.pop()
             if not following.done():
+                self._free -= 1
                 following.set_result(None)
-                return
-        self._free += 1
 
     def close(self) -> None:
         """Store what the store's threads has; what waits before it is given up."""

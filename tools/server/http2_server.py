@@ -166,7 +166,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._read_or_not()
 
     def _ready(self) -> None:
-        self._turns.add(self)
+        # Not at once: whoever says so may be at work for another connection.
+        self._loop.call_soon(self._turns.add, self)
 
     def work(self, seconds: float) -> bool:
         """Work on what came, for about so long, and send at once what that gave; whether there is more to do."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable
 
 _CALLS_MOST = 4_000
 _BYTES_MOST = 24 << 20
-_OWN_LEAST = 4
+_OWN_LEAST = 2
 """Calls that a connection may have waiting, however much there is."""
 _AT_A_TIME = 16
 """Calls that a connection is likely to bring when it is read on."""
