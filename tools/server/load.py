@@ -11,6 +11,7 @@ Used in the loop's thread.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 
@@ -77,9 +78,12 @@ class Load:
         self._left.pop(owner, None)
 
     def _read_on(self) -> None:
-        room = self._calls_most - self._calls_most // 10 - self.calls
+        room: float = self._calls_most - self._calls_most // 10 - self.calls
         if self.bytes >= self._bytes_most - self._bytes_most // 10:
             return
+        if not self.is_much:
+            # All of them: those that are read on may bring nothing, and there may be nothing left to be released.
+            room = math.inf
         while room > 0 and self._left:
             owner = next(iter(self._left))
             self._left.pop(owner)()
