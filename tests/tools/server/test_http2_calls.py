@@ -34,6 +34,7 @@ from tools.server.http2_calls import ConnectionCalls
 from tools.server.http2_heads import Head, Routes
 from tools.server.http2_server import Http2Server
 from tools.server.limits import GrpcLimits
+from tools.server.load import Load
 
 LIMITS = GrpcLimits(message_bytes=1 << 20, header_bytes=4096, streams=10, idle_seconds=0.4)
 ECHO = Method("test.Echo", "Echo", BytesValue, BytesValue)
@@ -300,7 +301,7 @@ def test_messages_that_come_in_crumbs_are_summed() -> None:
 @given(some.lists(some.binary(max_size=12), max_size=40), some.lists(some.integers(1, 40), min_size=1))
 def test_messages_are_taken_as_they_were_put_however_they_are_cut(messages: list[bytes], cuts: list[int]) -> None:
     async def main() -> None:
-        owner = ConnectionCalls(Routes([], LIMITS), "", lambda: None, lambda: None)
+        owner = ConnectionCalls(Routes([], LIMITS), "", lambda: None, lambda: None, lambda: None, Load())
         call = cast("Any", owner.make(1, Head(None), 0, -1))
         data, taken, lengths = b"".join(map(prefixed, messages)), [], cycle(cuts)
         while data:
