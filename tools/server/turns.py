@@ -76,6 +76,7 @@ class Turns:
         self._floor = 0.0
         """What whoever had the last turn had used before it; only grows."""
         self._scheduled = False
+        self._working = False
         self._spent = 0.0
         self._ended = 0.0
 
@@ -84,14 +85,15 @@ class Turns:
         return len(self._light) + len(self._heavy)
 
     def add(self, worker: Worker) -> None:
-        """It has something to do: at once, where nobody waits."""
+        """It has something to do: at once, where nobody waits or works."""
         if worker.queued:
             return
         if worker.used < 0:
             worker.used = self._floor + SLICE_SECONDS
         else:
             worker.used = min(max(worker.used, self._floor), self._floor + _AHEAD_MOST)
-        if not self._light and not self._heavy:
+        # Whom another's work adds waits: done at once, it would add the next one, in frames that have no end.
+        if not self._light and not self._heavy and not self._working:
             now = self._clock()
             if now - self._ended > _PAUSE_SECONDS:
                 self._spent = 0.0
@@ -107,7 +109,9 @@ class Turns:
 
     def _have_worked(self, worker: Worker, seconds: float) -> bool:
         began = self._cpu()
+        self._working = True
         more = worker.work(seconds)
+        self._working = False
         worker.used += self._cpu() - began
         return more and not worker.queued
 
