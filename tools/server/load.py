@@ -75,7 +75,8 @@ class Load:
         room = self._calls_most - self._calls_most // 10 - self.calls
         if self.bytes >= self._bytes_most - self._bytes_most // 10:
             return
-        while room > 0 and self._left:
+        # Where nothing is held nothing will be released: whoever was left then would be left for good.
+        while self._left and (room > 0 or not self.calls):
             owner = next(iter(self._left))
             self._left.pop(owner)()
             room -= _AT_A_TIME
