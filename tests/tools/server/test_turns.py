@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -216,7 +217,7 @@ class Waking(Connection):
 
 def test_who_is_added_by_another_s_work_waits_for_its_turn(machine: Machine) -> None:
     chain = [Waking(machine, str(number), 0.0) for number in range(2 * sys.getrecursionlimit())]
-    for one, following in zip(chain, chain[1:], strict=False):
+    for one, following in pairwise(chain):
         one.following = following
     machine.turns.add(chain[0])
     machine.run()
