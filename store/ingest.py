@@ -122,7 +122,9 @@ class Ingest:
             if found == digest:
                 right[digest.key] = digest, data
         with self._index.view() as view:
-            known = {key for key in right if view.get(Table.BLOBS, key) is not None}
+            rows = {key for key in right if view.get(Table.BLOBS, key) is not None}
+        # A row whose file somebody deleted is no reason to throw the bytes away.
+        known = {key for key in rows if self._blobs.has_file(right[key][0])}
         pending = self._write_all([blob for key, blob in right.items() if key not in known])
         self.publish(pending, {key: right[key] for key in known})
         return results

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from store import kernel
 from store.action_cache import action_key
 from store.blobs import BlobRow, put_rows, total_bytes
 from store.digest import Digest, DigestFunction
-from store.errors import BadDigest, DigestMismatch, MissingBlob, NoSpace
+from store.errors import BadDigest, DigestMismatch, MissingBlob, NoSpace, StoreError
 from store.index import Change, Table
 from store.layout import blob_path
 from store.presence import Presence, WouldWait, as_name
+from store.publication import Batch, Pending, Published, Publisher
 from store.quota import Limits, Quota, Unlimited
 from store.repository import Store
 from store.uploads import Upload, Uploads
@@ -246,21 +250,22 @@ def test_concurrent_uploads_of_one_blob_store_it_once(store: Store, uploads: Upl
 
 def test_many_at_once_share_a_sync(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = store.uploads(Unlimited())
-    flushes = []
-    session = uploads._session()
-    flush = session.flush
+    publications: list[int] = []
+    session = uploads.session()
+    publish = session.publish
     first = threading.Event()
 
-    def slow_flush() -> None:
-        flushes.append(1)
+    def slow_publish(pending: Sequence[Pending]) -> None:
+        publications.append(len(pending))
         first.wait(30)
-        flush()
+        publish(pending)
 
-    monkeypatch.setattr(session, "flush", slow_flush)
+    monkeypatch.setattr(session, "publish", slow_publish)
     blobs = [b"%d" % number for number in range(20)]
-    threads = [threading.Thread(target=uploads.add_all, args=([(SHA256.of(blob), blob)],)) for blob in blobs]
+    opened = [uploads.begin(SHA256.of(blob)) for blob in blobs]
+    threads = [threading.Thread(target=write_and_finish, args=pair) for pair in zip(opened, blobs, strict=True)]
     threads[0].start()
-    while not flushes:
+    while not publications:
         time.sleep(0.001)
     for thread in threads[1:]:
         thread.start()
@@ -270,7 +275,157 @@ def test_many_at_once_share_a_sync(store: Store, monkeypatch: pytest.MonkeyPatch
     for thread in threads:
         thread.join()
     uploads.close()
-    assert len(flushes) == 2
+    assert publications == [1, 19]
+    assert all(store.blobs.is_verified(SHA256.of(blob)) for blob in blobs)
+
+
+def test_a_batch_is_published_at_once(store: Store, uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+
+    def counted(name: str) -> None:
+        do = getattr(kernel, name)
+
+        def count(what: object) -> None:
+            synced.append(name)
+            do(what)
+
+        monkeypatch.setattr(kernel, name, count)
+
+    counted("syncfs")
+    counted("fsync_path")
+    blobs = [b"%d" % number for number in range(500)]
+    assert uploads.add_all([(SHA256.of(blob), blob) for blob in blobs]) == [None] * 500
+    assert synced == ["syncfs", "syncfs"], "the files, and their names"
+
+
+def test_a_blob_that_was_deleted_behind_our_back_is_stored_again(store: Store, uploads: Uploads) -> None:
+    blob = SHA256.of(b"twice"), b"twice"
+    path = store.layout.blobs / blob_path(blob[0])
+    for _ in range(2):
+        assert uploads.add_all([blob]) == [None]
+        assert path.read_bytes() == b"twice"
+        path.unlink()
+
+
+@pytest.mark.parametrize("step", ["_name", "_remember"])
+def test_a_publication_that_fails_is_told_to_those_whose_files_were_in_it_and_leaves_none(
+    store: Store, uploads: Uploads, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    poison = SHA256.of(b"poison"), b"poison"
+    neighbours = [(SHA256.of(blob), blob) for blob in (b"in the same group", b"in it, too")]
+    others = [[(SHA256.of(b"%d" % number), b"%d" % number)] for number in range(20)]
+    do = getattr(Publisher, step)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def failing(publisher: Publisher, *arguments: Any) -> Any:
+        begun.set()
+        go_on.wait(30)
+        if any(isinstance(fresh, dict) and poison[0].key in fresh for fresh in arguments):
+            raise OSError(errno.ENOSPC, "no space")
+        return do(publisher, *arguments)
+
+    monkeypatch.setattr(Publisher, step, failing)
+    told: dict[bytes, object] = {}
+
+    def add_all(group: list[tuple[Digest, bytes]]) -> None:
+        for (digest, _), refused in zip(group, uploads.add_all(group), strict=True):
+            told[digest.key] = refused
+
+    def finish(upload: Upload, digest: Digest) -> None:
+        try:
+            upload.finish()
+        except StoreError as error:
+            told[digest.key] = error
+        else:
+            told[digest.key] = None
+
+    # All of them have their files when the first publication goes on, whoever does it and for whom.
+    piecewise = [(SHA256.of(b"piece %d" % number), b"piece %d" % number) for number in range(4)]
+    opened = [uploads.begin(digest) for digest, _ in piecewise]
+    for upload, (_, data) in zip(opened, piecewise, strict=True):
+        upload.write(data)
+    groups = [[*neighbours, poison], *others]
+    threads = [threading.Thread(target=add_all, args=(group,)) for group in groups]
+    threads += [
+        threading.Thread(target=finish, args=(upload, digest))
+        for upload, (digest, _) in zip(opened, piecewise, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    failed = {digest.key for digest, _ in (poison, *neighbours)}
+    assert {key for key, refused in told.items() if isinstance(refused, NoSpace)} == failed
+    everything = [blob for group in (*groups, piecewise) for blob in group]
+    assert len(told) == len(everything)
+    for digest, _ in everything:
+        acknowledged = told[digest.key] is None
+        assert (acknowledged, acknowledged) == (
+            store.blobs.is_verified(digest),
+            (store.layout.blobs / blob_path(digest)).exists(),
+        )
+    assert not [path for path in store.layout.tmp.rglob("*") if path.is_file()]
+
+    # What failed may come again.
+    monkeypatch.setattr(Publisher, step, do)
+    add_all(groups[0])
+    assert all(store.blobs.is_verified(digest) for digest, _ in groups[0])
+
+
+def test_those_who_wait_for_one_publication_hear_of_its_failure_and_nobody_else(
+    store: Store, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = uploads.session()
+    publish = session.publish
+    sizes: list[int] = []
+    first = threading.Event()
+
+    def second_fails(pending: Sequence[Pending]) -> None:
+        sizes.append(len(pending))
+        if len(sizes) == 1:
+            first.wait(30)
+        if len(sizes) == 2:
+            monkeypatch.setattr(Publisher, "publish", no_space)
+        try:
+            publish(pending)
+        finally:
+            monkeypatch.setattr(Publisher, "publish", real)
+
+    real = Publisher.publish
+
+    def no_space(publisher: Publisher, batch: Batch) -> Published:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(session, "publish", second_fails)
+    blobs = [b"%d" % number for number in range(4)]
+    refused: list[bytes] = []
+
+    def finish(upload: Upload, data: bytes) -> None:
+        try:
+            write_and_finish(upload, data)
+        except NoSpace:
+            refused.append(data)
+
+    opened = [uploads.begin(SHA256.of(blob)) for blob in blobs]
+    threads = [threading.Thread(target=finish, args=pair) for pair in zip(opened, blobs, strict=True)]
+    threads[0].start()
+    while not sizes:
+        time.sleep(0.001)
+    for thread in threads[1:]:
+        thread.start()
+    while uploads._waiting.qsize() < 3:
+        time.sleep(0.001)
+    first.set()
+    for thread in threads:
+        thread.join()
+    assert sizes == [1, 3]
+    assert sorted(refused) == blobs[1:]
+    assert [store.blobs.has(SHA256.of(blob)) for blob in blobs] == [True, False, False, False]
+    assert not [path for path in store.layout.tmp.rglob("*") if path.is_file()]
+    for blob in blobs:
+        write_and_finish(uploads.begin(SHA256.of(blob)), blob)
     assert all(store.blobs.is_verified(SHA256.of(blob)) for blob in blobs)
 
 

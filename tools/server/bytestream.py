@@ -62,8 +62,8 @@ class ByteStream:
         return bytestream.QueryWriteStatusResponse(committed_size=self._desk.received(name))
 
     def is_remembered(self, name: ResourceName) -> bool:
-        """Whether the blob was lately found here, or brought. Never waits."""
-        return self._presence.remembers(as_name(name.digest))
+        """Whether the blob was lately found here, or brought; the empty one always is. Never waits."""
+        return name.digest.is_empty_blob or self._presence.remembers(as_name(name.digest))
 
     def forget(self, name: ResourceName) -> None:
         """What is parked of the upload isn't needed any more."""

@@ -393,7 +393,7 @@ class ConnectionCalls:
         self._load.release(self.number, call.held)
         endpoint = cast("Endpoint", call.head.endpoint)
         message, call.message = call.message, None
-        if self.connection.streams.get(call.id) is not call and not (endpoint.keeps and call.size):
+        if self.connection.streams.get(call.id) is not call and not (endpoint.keeps and call.held):
             # Given up before it was begun.
             return
         try:

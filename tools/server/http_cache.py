@@ -182,8 +182,8 @@ class HttpCache:
         return self._presence.remembers(as_name(digest))
 
     def read_whole(self, name: CacheName, data: bytes) -> Digest:
-        """What a blob is, all of whose bytes came under a name. Raises DigestMismatch."""
-        self._instances.check(name.instance)
+        """What a blob is, all of whose bytes came under a name. Raises DigestMismatch, TooLarge, BadName."""
+        self._check(name, len(data))
         found = []
         for function in DigestFunction:
             digest = function.of(data)
@@ -203,9 +203,7 @@ class HttpCache:
 
         Raises TooLarge, NoSpace, BadName.
         """
-        self._instances.check(name.instance)
-        if size is not None and size > self._most:
-            raise TooLarge(f"{size} bytes: {self._most} are the most (--max-body)")
+        self._check(name, size)
         plain = 0 if compressed or size is None else size
         if name.kind is Kind.CAS:
             intake, most = self._begin_blob(name.hash, plain), self._most
@@ -215,6 +213,11 @@ class HttpCache:
             intake, most = self._begin_opaque(name, plain), self._most
         bounded = _Bounded(intake, most)
         return _Expanding(bounded) if compressed else bounded
+
+    def _check(self, name: CacheName, size: int | None) -> None:
+        self._instances.check(name.instance)
+        if size is not None and size > self._most:
+            raise TooLarge(f"{size} bytes: {self._most} are the most (--max-body)")
 
     def _begin_blob(self, hash_: bytes, size: int) -> Intake:
         there = self._presence.find_hashed(hash_)

@@ -29,7 +29,7 @@ _AHEAD_MOST = 4 * SLICE_SECONDS
 """That a connection counts as having used more than those that wait."""
 _ROUND_SECONDS = 0.1
 """In which all that wait should have had their turn: slices are shorter where there are many."""
-_CHARGED_MOST = 4 * SLICE_SECONDS
+_CHARGED_MOST = 10 * SLICE_SECONDS
 _HEAVY_EVERY = 4
 """One turn of so many is for who has much under way."""
 _LOOK_SECONDS = 0.004
@@ -73,6 +73,7 @@ class Turns:
         self._floor = 0.0
         """What whoever had the last turn had used before it; only grows."""
         self._scheduled = False
+        self._working = False
         self._spent = 0.0
         self._ended = 0.0
 
@@ -81,14 +82,15 @@ class Turns:
         return len(self._light) + len(self._heavy)
 
     def add(self, worker: Worker) -> None:
-        """It has something to do: at once, where nobody waits."""
+        """It has something to do: at once, where nobody waits or works."""
         if worker.queued:
             return
         if worker.used < 0:
             worker.used = self._floor + SLICE_SECONDS
         else:
             worker.used = min(max(worker.used, self._floor), self._floor + _AHEAD_MOST)
-        if not self._light and not self._heavy:
+        # Whom another's work adds waits: done at once, it would add the next one, in frames that have no end.
+        if not self._light and not self._heavy and not self._working:
             now = self._clock()
             if now - self._ended > _PAUSE_SECONDS:
                 self._spent = 0.0
@@ -104,7 +106,9 @@ class Turns:
 
     def _have_worked(self, worker: Worker, seconds: float) -> bool:
         began = self._clock()
+        self._working = True
         more = worker.work(seconds)
+        self._working = False
         # By the clock, and no more than so much: an interruption mustn't be paid for by whoever it happened to, and
         # asking for the CPU's time takes as long as much of what is measured.
         worker.used += min(self._clock() - began, _CHARGED_MOST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate, cycle
 from typing import Any
 
 import h2.config
@@ -362,3 +363,106 @@ def test_random_frames_never_harm(parts: list[tuple[int, int, int, bytes]], piec
     if echo.connection.closed:
         assert not echo.connection.streams
     echo.connection.end()
+
+
+# A little at a time
+
+
+def requests(*bodies: bytes) -> tuple[bytes, list[int]]:
+    """What a client sends for them, and where in it the preface and the frames end."""
+    parts = [frames.PREFACE, frames.settings({})]
+    for number, body in enumerate(bodies):
+        stream = 2 * number + 1
+        parts.append(frames.frame(frames.HEADERS, END_HEADERS | (0 if body else END_STREAM), stream, BLOCK))
+        for start in range(0, len(body), 1000):
+            piece = body[start : start + 1000]
+            parts.append(frames.frame(frames.DATA, END_STREAM if start + 1000 >= len(body) else 0, stream, piece))
+    return b"".join(parts), list(accumulate(map(len, parts)))
+
+
+@given(
+    some.lists(some.integers(0, 3000), max_size=6),
+    some.lists(some.integers(1, 4000), min_size=1),
+    some.lists(some.integers(1, 3000), min_size=1),
+)
+def test_it_does_not_matter_how_what_comes_is_cut_nor_how_much_of_it_is_worked_on_at_a_time(
+    sizes: list[int], cuts: list[int], slices: list[int]
+) -> None:
+    data, _ = requests(*map(bytes, sizes))
+    whole, sliced = Echo(), Echo()
+    whole.connection.receive(data)
+    lengths, most = cycle(cuts), cycle(slices)
+    at = 0
+    while at < len(data):
+        size = next(lengths)
+        sliced.connection.feed(data[at : at + size])
+        at += size
+        # Not to its end each time: more may come before.
+        if size % 3:
+            while sliced.connection.parse(next(most)):
+                pass
+            assert sliced.connection.hungry or sliced.connection.unparsed in range(len(frames.PREFACE))
+    while sliced.connection.parse(next(most)):
+        pass
+    assert sliced.output() == whole.output()
+    assert (sliced.connection.unparsed, sliced.connection.hungry) == (0, False)
+
+
+def test_parsing_stops_behind_the_frame_with_which_there_is_enough() -> None:
+    data, ends = requests(bytes(5000))
+    connection = Echo().connection
+    connection.feed(data)
+    assert connection.unparsed == len(data)
+    # The preface counts as one.
+    for most, end in ((1, ends[0]), (1, ends[1]), (1, ends[2]), (1, ends[3]), (1009, ends[4]), (1010, ends[6])):
+        assert connection.parse(most)
+        assert connection.unparsed == len(data) - end
+        assert not connection.hungry
+    assert not connection.parse(1)
+    assert (connection.unparsed, connection.hungry) == (0, False)
+    assert not connection.parse()
+
+
+def test_what_is_left_is_a_part_of_a_frame_wherever_it_is_cut() -> None:
+    data, ends = requests(bytes(1500), b"")
+    for cut in range(len(frames.PREFACE), len(data) + 1):
+        echo = Echo()
+        echo.connection.feed(data[:cut])
+        assert not echo.connection.parse()
+        begins = max(end for end in ends if end <= cut)
+        assert echo.connection.unparsed == cut - begins
+        assert echo.connection.hungry == (cut != begins), cut
+        # Nothing can be done, however often it is tried; with the rest it is.
+        assert not echo.connection.parse(1)
+        echo.connection.feed(data[cut:])
+        assert not echo.connection.hungry
+        assert not echo.connection.parse()
+        assert (echo.connection.unparsed, echo.connection.hungry) == (0, False)
+
+
+def test_a_frame_that_is_larger_than_what_is_worked_on_at_a_time_is_worked_on() -> None:
+    echo = Echo()
+    echo.connection.receive(requests(b"x")[0])
+    body = bytes(frames.FRAME_LEAST)
+    echo.connection.feed(frames.frame(frames.HEADERS, END_HEADERS, 3, BLOCK))
+    echo.connection.feed(frames.frame(frames.DATA, END_STREAM, 3, body)[:-1])
+    assert echo.connection.parse(1)
+    assert not echo.connection.parse(1)
+    assert echo.connection.hungry
+    assert echo.connection.unparsed == frames.HEAD_BYTES + len(body) - 1
+    echo.connection.feed(body[:1])
+    assert not echo.connection.parse(1)
+    assert echo.output().count(TRAILERS) == 2
+
+
+def test_what_comes_behind_a_mistake_is_dropped() -> None:
+    echo = Echo()
+    data, _ = requests(b"x")
+    echo.connection.feed(data + frames.frame(frames.PING, 0, 1, bytes(8)) + bytes(1000))
+    assert not echo.connection.parse()
+    assert echo.connection.closed
+    assert (echo.connection.unparsed, echo.connection.hungry) == (0, False)
+    echo.connection.feed(data)
+    assert not echo.connection.parse(1)
+    assert (echo.connection.unparsed, echo.connection.hungry) == (0, False)
+    assert codes(echo) == ([], ErrorCode.PROTOCOL_ERROR)

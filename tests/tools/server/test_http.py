@@ -203,6 +203,12 @@ def test_zstd_that_expands_beyond_the_bound_is_413(casfs: Casfs) -> None:
         assert answer.status == 413
 
 
+def test_the_bound_is_for_small_blobs_too(casfs: Casfs) -> None:
+    with running(casfs, *HTTP, "--max-body", "100") as server, HttpClient(server) as web:
+        assert web("PUT", f"/cas/{SHA256.of(bytes(101)).hex}", bytes(101)).status == 413
+        assert web("PUT", f"/cas/{SHA256.of(bytes(100)).hex}", bytes(100)).status == 200
+
+
 # Results
 
 

@@ -34,6 +34,7 @@ from tools.server.http2_calls import ConnectionCalls
 from tools.server.http2_heads import Head, Routes
 from tools.server.http2_server import Http2Server
 from tools.server.limits import GrpcLimits
+from tools.server.load import Load
 
 LIMITS = GrpcLimits(message_bytes=1 << 20, header_bytes=4096, streams=10, idle_seconds=0.4)
 ECHO = Method("test.Echo", "Echo", BytesValue, BytesValue)
@@ -42,6 +43,8 @@ FAILING = ECHO._replace(name="Failing")
 LACKING = ECHO._replace(name="Lacking")
 MANY = ECHO._replace(name="Many", streams_out=True)
 SUM = ECHO._replace(name="Sum", streams_in=True)
+KEPT = ECHO._replace(name="Kept")
+KEPT_SUM = ECHO._replace(name="KeptSum", streams_in=True)
 
 
 class Endpoints:
@@ -50,16 +53,27 @@ class Endpoints:
     def __init__(self) -> None:
         self.cancelled: asyncio.Semaphore = asyncio.Semaphore(0)
         self.written = 0
+        self.begun: list[bytes] = []
 
     def all(self) -> list[Endpoint]:
         return [
-            Endpoint(ECHO, lambda raw, call: raw),
+            Endpoint(ECHO, self.echo),
             Endpoint(LATE, self.late),
             Endpoint(FAILING, self.fail),
             Endpoint(LACKING, self.lack),
             Endpoint(MANY, self.many),
             Endpoint(SUM, self.sum),
+            Endpoint(KEPT, self.echo, keeps=True),
+            Endpoint(KEPT_SUM, self.take, keeps=True),
         ]
+
+    def echo(self, raw: bytes, call: Any) -> bytes:
+        self.begun.append(raw)
+        return raw
+
+    def take(self, messages: Any, call: Any) -> bytes:
+        self.begun.append(messages.take())
+        return b""
 
     async def late(self, raw: bytes, call: Any) -> bytes:
         try:
@@ -300,7 +314,7 @@ def test_messages_that_come_in_crumbs_are_summed() -> None:
 @given(some.lists(some.binary(max_size=12), max_size=40), some.lists(some.integers(1, 40), min_size=1))
 def test_messages_are_taken_as_they_were_put_however_they_are_cut(messages: list[bytes], cuts: list[int]) -> None:
     async def main() -> None:
-        owner = ConnectionCalls(Routes([], LIMITS), "", lambda: None, lambda: None)
+        owner = ConnectionCalls(Routes([], LIMITS), "", lambda: None, lambda: None, lambda: None, Load())
         call = cast("Any", owner.make(1, Head(None), 0, -1))
         data, taken, lengths = b"".join(map(prefixed, messages)), [], cycle(cuts)
         while data:
@@ -401,6 +415,37 @@ def test_calls_that_nobody_waits_for_are_cancelled() -> None:
             peer.writer.close()
             await endpoints.cancelled.acquire()
             await endpoints.cancelled.acquire()
+
+    run(test)
+
+
+def test_a_call_that_was_given_up_before_it_began_is_begun_only_if_what_it_brought_is_worth_keeping() -> None:
+    async def test(peer: Peer, endpoints: Endpoints, server: Http2Server) -> None:
+        for method in (ECHO, KEPT, KEPT_SUM):
+            stream = peer.call(method.path, b"all of " + method.name.encode())
+            peer.h2.reset_stream(stream)
+            partly = peer.begin(method.path)
+            peer.h2.send_data(partly, prefixed(b"not all of it")[:-1])
+            peer.h2.reset_stream(partly)
+        # All of it comes at once.
+        assert (await peer.answer(peer.call(ECHO.path, b"x")))[1] == prefixed(b"x")
+        assert endpoints.begun == [b"all of Kept", b"all of KeptSum", b"x"]
+
+    run(test)
+
+
+def test_a_connection_that_ends_takes_along_what_is_not_worth_keeping() -> None:
+    async def test(peer: Peer, endpoints: Endpoints, server: Http2Server) -> None:
+        owner = ConnectionCalls(
+            Routes(endpoints.all(), LIMITS), "", lambda: None, lambda: None, lambda: None, load := Load()
+        )
+        for method in (ECHO, KEPT, KEPT_SUM):
+            peer.call(method.path, method.name.encode())
+        owner.connection.receive(peer.h2.data_to_send())
+        assert load.calls == 3
+        owner.end()
+        assert endpoints.begun == [b"Kept", b"KeptSum"]
+        assert (load.calls, load.bytes) == (0, 0)
 
     run(test)
 

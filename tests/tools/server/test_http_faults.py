@@ -171,17 +171,31 @@ def test_a_put_says_how_long_it_is(casfs: Casfs) -> None:
             assert read_all(connection).startswith(b"HTTP/1.1 411 ")
 
 
-def test_a_client_has_so_many_uploads_open_and_no_more(casfs: Casfs) -> None:
-    with running(casfs, *HTTP, "--max-uploads", "2") as server, HttpClient(server) as web:
-        data = b"0123456789"
-        head = put_head(SHA256.of(data).hex, len(data))
-        with raw(server, head + data[:5]) as first, raw(server, head.replace(b"/cas/", b"/ac/") + data[:5]) as second:
-            wait_for(lambda: len(files_in_tmp(casfs)) == 2)
-            assert web("PUT", f"/cas/{SHA256.of(b'x').hex}", b"x").status == 429
-            for connection in (first, second):
-                connection.sendall(data[5:])
-                assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
-        assert web("PUT", f"/cas/{SHA256.of(b'x').hex}", b"x").status == 200
+def test_so_many_large_uploads_are_taken_at_a_time_and_the_next_waits_for_its_turn(casfs: Casfs) -> None:
+    data = b"0123456789" * 10_000
+    head = put_head(SHA256.of(data).hex, len(data))
+    third_data = data[::-1]
+    third_head = put_head(SHA256.of(third_data).hex, len(data))
+    with (
+        running(casfs, *HTTP, "--max-uploads", "2") as server,
+        raw(server, head + data[:5]) as first,
+        raw(server, head.replace(b"/cas/", b"/ac/") + data[:5]) as second,
+    ):
+        wait_for(lambda: len(files_in_tmp(casfs)) == 2)
+        with raw(server, third_head + third_data) as third, HttpClient(server) as web:
+            # Small ones need no turn. This one came behind the one that waits.
+            web.put_blob(b"x")
+            assert web("HEAD", f"/cas/{SHA256.of(third_data).hex}").status == 404
+            third.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                third.recv(1000)
+            third.settimeout(30)
+            first.sendall(data[5:])
+            assert first.recv(1000).startswith(b"HTTP/1.1 200 ")
+            assert third.recv(1000).startswith(b"HTTP/1.1 200 ")
+            assert web("GET", f"/cas/{SHA256.of(third_data).hex}").body == third_data
+            second.sendall(data[5:])
+            assert second.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_client_that_sends_nothing_for_long_is_given_up(casfs: Casfs) -> None:

@@ -31,6 +31,8 @@ from tests.tools.worker.conftest import executing, live_processes, remote_of
 from tools.exits import Exit
 
 SHORT = ("--drain-timeout", "1s")
+LARGE = bytes(100_000)
+"""An upload of it has a file of its own; small ones are gathered in memory."""
 LONG = ("--drain-timeout", "200s")
 """A server that waits for it has failed the test."""
 
@@ -138,7 +140,7 @@ def test_a_second_signal_ends_a_server_that_hangs_at_once(guarded: Casfs, number
 def test_a_second_signal_ends_a_server_that_drains_at_once(casfs: Casfs) -> None:
     with started(casfs, *LONG) as server, connected(server) as client:
         [digest] = client.add(b"durable")
-        call, go_on = open_upload(client, SHA256.of(b"never"), b"nev", "open")
+        call, go_on = open_upload(client, SHA256.of(LARGE), LARGE[:3], "open")
         wait_for(lambda: files_in_tmp(casfs))
         server.process.send_signal(signal.SIGINT)
         time.sleep(APART)
@@ -196,7 +198,7 @@ def test_a_second_signal_ends_all_processes_at_once(casfs: Casfs) -> None:
 
 def test_a_signal_to_all_processes_is_one(casfs: Casfs) -> None:
     with started(casfs, *LONG, "--processes", "2") as server, connected(server) as client:
-        call, go_on = open_upload(client, SHA256.of(b"done"), b"do", "open")
+        call, go_on = open_upload(client, SHA256.of(LARGE), LARGE[:2], "open")
         wait_for(lambda: files_in_tmp(casfs))
         # As a terminal does for Ctrl-C: the processes hear it, and then what the first of them passes on.
         os.killpg(server.process.pid, signal.SIGINT)
@@ -303,8 +305,10 @@ def test_who_checks_whether_it_lives_is_told_that_the_store_is_gone(casfs: Casfs
         # An upload that is on, so that the server has something to wait for.
         host, _, port = server.http_address.rpartition(":")
         with socket.create_connection((host, int(port)), timeout=30) as upload:
-            head = f"PUT /cas/{SHA256.of(b'12').hex} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n1"
-            upload.sendall(head.encode())
+            head = (
+                f"PUT /cas/{SHA256.of(LARGE).hex} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(LARGE)}\r\n\r\n"
+            )
+            upload.sendall(head.encode() + LARGE[:1])
             wait_for(lambda: files_in_tmp(casfs))
             casfs.store.rename(casfs.directory / "away")
             assert next(states).status == health_pb2.HealthCheckResponse.NOT_SERVING

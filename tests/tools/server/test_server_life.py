@@ -262,20 +262,29 @@ def test_a_message_that_is_too_large_is_refused(casfs: Casfs) -> None:
         assert client.write(SHA256.of(data), data, piece=50 << 10) == len(data)
 
 
-def test_a_client_has_so_many_uploads_open_and_no_more(casfs: Casfs) -> None:
-    # Half of the time that a client may be silent for, one more upload waits for its turn.
+def test_so_many_large_uploads_are_taken_at_a_time_and_the_next_waits_for_its_turn(casfs: Casfs) -> None:
     with running(casfs, "--max-uploads", "3", "--idle-timeout", "10s") as server, connected(server) as client:
-        digests = [SHA256.of(b"upload %d" % number) for number in range(4)]
+        blobs = [b"upload %d" % number + bytes(100_000) for number in range(4)]
+        digests = list(map(SHA256.of, blobs))
         calls = [open_upload(client, digest, b"up", f"u{n}") for n, digest in enumerate(digests[:3])]
         wait_for(lambda: len(files_in_tmp(casfs)) == 3)
-        assert refused(lambda: client.write(digests[3], b"upload 3")) == "RESOURCE_EXHAUSTED"
-        for _, go_on in calls:
+        waiting, finish = open_upload(client, digests[3], blobs[3], "u3")
+        # Small ones need no turn. This one came behind the one that waits.
+        assert client.write(SHA256.of(b"small"), b"small") == 5
+        assert len(files_in_tmp(casfs)) == 3
+        assert not waiting.done()
+        finish.set()
+        for call, go_on in calls:
             go_on.set()
-        for call, _ in calls:
             assert call.result(10).committed_size == 2
-        # Parked ones still count; one that is finished doesn't.
-        assert client.write(digests[0], b"load 0", upload="u0", offset=2) == 8
-        assert client.write(digests[3], b"upload 3") == 8
+        # Its client didn't say that this was all.
+        assert waiting.result(10).committed_size == len(blobs[3])
+        # All four are parked now, and none of them has a turn.
+        assert len(files_in_tmp(casfs)) == 4
+        for number, (digest, data) in enumerate(zip(digests, blobs, strict=True)):
+            received = 2 if number < 3 else len(data)
+            assert client.write(digest, data[received:], upload=f"u{number}", offset=received) == len(data)
+            assert client.read(digest) == data
 
 
 def test_a_client_that_sends_nothing_for_long_is_given_up(casfs: Casfs) -> None:
@@ -301,7 +310,7 @@ def test_a_client_that_takes_nothing_for_long_is_given_up(casfs: Casfs) -> None:
 
 
 def test_a_client_that_vanishes_in_mid_upload_can_come_back(casfs: Casfs) -> None:
-    data = b"0123456789" * 1000
+    data = b"0123456789" * 10_000
     digest = SHA256.of(data)
     with running(casfs) as server:
         with connected(server) as client:

@@ -29,9 +29,9 @@ from tools.reapi.generated.error_details_pb2 import PreconditionFailure
 from tools.reapi.resource_names import Compression, ResourceName, check_instance, parse_read, parse_write
 from tools.server.access import Right, right_for
 from tools.server.address import Address
-from tools.server.errors import Exhausted, FailedPrecondition, NotThere, ServeError
+from tools.server.errors import FailedPrecondition, NotThere, ServeError
 from tools.server.requests import read_digest, write_digest
-from tools.server.services import ServiceOptions, Services
+from tools.server.services import Services
 from tools.server.status import as_status, find_code
 
 
@@ -267,16 +267,16 @@ def test_what_is_not_in_the_page_cache_is_not_read_where_nothing_may_wait(store:
 # Uploads
 
 
-def write_some(services: Services, name: ResourceName, data: bytes, client: str = "client") -> None:
+def write_some(services: Services, name: ResourceName, data: bytes) -> None:
     """An upload that breaks off."""
-    call = services.bytestream.begin_write(client)
+    call = services.bytestream.begin_write()
     assert call.feed(bytestream.WriteRequest(resource_name=str(name), data=data)) is None
     call.close()
 
 
 def query(services: Services, name: ResourceName) -> int:
-    request = bytestream.QueryWriteStatusRequest(resource_name=str(name))
-    return services.bytestream.query_write_status(request).committed_size
+    stream = services.bytestream
+    return stream.status(name, is_here=stream.is_here(name)).committed_size
 
 
 def test_an_upload_that_broke_off_is_kept_for_a_while(
@@ -293,20 +293,19 @@ def test_an_upload_that_broke_off_is_kept_for_a_while(
     assert [path.stat().st_size for path in files] == [3]
 
 
-def test_a_client_s_uploads_are_counted_and_nobody_else_s(store: Store) -> None:
-    with Services(store, ServiceOptions(uploads_per_client=2)) as services:
-        names = [ResourceName("", SHA256.of(b"%d" % number), upload="u") for number in range(3)]
-        for name in names[:2]:
-            write_some(services, name, b"", "greedy")
-        with pytest.raises(Exhausted):
-            write_some(services, names[2], b"", "greedy")
-        write_some(services, names[2], b"", "another")
+def test_the_empty_blob_was_always_brought(services: Services) -> None:
+    for compression in Compression:
+        name = ResourceName("", SHA256.of(b""), compression, "u")
+        assert services.bytestream.is_remembered(name)
+        answered = services.bytestream.whole_answer(name).committed_size
+        assert answered == (-1 if compression is Compression.ZSTD else 0)
+    assert not services.bytestream.is_remembered(ResourceName("", SHA256.of(b"x"), upload="u"))
 
 
 def test_quick_feeding_leaves_to_a_thread_what_waits(services: Services) -> None:
     data = b"x" * 200_000
     name = str(ResourceName("", SHA256.of(data), upload="u"))
-    call = services.bytestream.begin_write("client")
+    call = services.bytestream.begin_write()
     first = bytestream.WriteRequest(resource_name=name, data=data[:10])
     with pytest.raises(WouldWait):
         call.feed(first, may_wait=False)
