@@ -83,6 +83,7 @@ class ServeOptions:
     http: HttpOptions = field(default_factory=HttpOptions)
     worker: WorkerOptions | None = None
     """Actions are run, too."""
+    log_level: str = "info"
     announce: Callable[[str], None] = field(default=print, compare=False)
 
     def check(self) -> None:
@@ -242,7 +243,7 @@ async def _serve(
         sources = replace(sources, remote=partial(parts, upstream))
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(options.store, sources=sources))
-        stack.enter_context(logging_to(store.layout.log))
+        stack.enter_context(logging_to(store.layout.log, getattr(logging, options.log_level.upper())))
         stack.callback(faults.flush)
         stack.callback(_loop_faults.flush)
         http = None
