@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+
+from store.digest import Digest
 from tools.reapi.methods import services_of
 from tools.server.access import Access
 from tools.server.address import Address
 from tools.server.calls import Calls, Wrap
+from tools.server.calls_under_way import CallUnderWay
 from tools.server.gate import Gate
 from tools.server.health import Health, Reflection
 from tools.server.http2_server import Http2Server
@@ -40,6 +44,10 @@ class GrpcServer:
         port = await self._server.start(address, certificates)
         self._health.set(serving=True)
         return port
+
+    def under_way(self, waiting: Set[Digest]) -> Iterator[CallUnderWay]:
+        """All calls; `waiting`: blobs for which the store's threads have no room."""
+        return self._server.under_way(waiting)
 
     async def drain(self, seconds: float) -> None:
         """Take no more calls, let those that are on end within so many seconds, then break them off."""
