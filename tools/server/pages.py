@@ -150,7 +150,12 @@ class Pages:
         )
 
     def _waiting(self) -> Markup:
-        return tag("p", _link("/calls", "Calls under way"))
+        pressure, overloaded = self._metrics.waiting()
+        link = _link("/calls", "Calls under way")
+        if not overloaded and not any(pressure):
+            return tag("p", link)
+        storing = f"{count(pressure.storing, 'blob')} {'is' if pressure.storing == 1 else 'are'} being stored"
+        return tag("p", "Overloaded: " if overloaded else "", f"{pressure}, {storing}. ", link)
 
     def _calls(self) -> Page:
         try:

@@ -27,6 +27,7 @@ from tools.server.ending import GRACE_SECONDS, Ending, Step
 from tools.server.fault_log import FaultLog
 from tools.server.guards import Guards
 from tools.server.notify import READY, STOPPING, notify
+from tools.server.overload import LOOK_SECONDS, Overload
 from tools.server.processes import say, supervise
 from tools.server.services import ServiceOptions, Services
 from tools.server.status import faults
@@ -307,7 +308,14 @@ async def _serving(
     grpc = _make_grpc(options, services, guards, http)
     calls.add(grpc.under_way)
     calls.watch_gate(grpc.gate.waiting_blobs)
-    looking = asyncio.create_task(_look((calls.look,)))
+    if http is None:
+        overload = Overload(grpc)
+        looks: list[Callable[[], object]] = [overload.look, calls.look]
+    else:
+        overload = Overload(grpc, http.metrics.note_overload)
+        http.metrics.watch_overload(overload)
+        looks = [overload.look, calls.look, http.metrics.refresh]
+    looking = asyncio.create_task(_look(looks))
     drains: list[Callable[[], Awaitable[None]]] = [lambda: grpc.drain(seconds)]
     try:
         await grpc.start(options.address, guards.certificates)
@@ -320,15 +328,13 @@ async def _serving(
     finally:
         await asyncio.gather(*(drain() for drain in drains))
         looking.cancel()
+        overload.end()
         grpc.close()
-
-
-_LOOK_SECONDS = 1.0
 
 
 async def _look(looks: Iterable[Callable[[], object]]) -> None:
     while True:
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(LOOK_SECONDS)
         for look in looks:
             try:
                 look()

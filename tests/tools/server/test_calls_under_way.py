@@ -216,6 +216,11 @@ def test_what_each_call_waits_for_is_known(services: Services, monkeypatch: pyte
             read: Any = channel.unary_stream(methods.READ.path)
             calls.append(read(request))
             await until({"MESSAGE": ["Write"], "TURN": ["Write"], "STORE": ["Write"], "CLIENT": ["Read"]})
+            assert server.pressure()[2:] == (1, 1, 0)
+            [oldest] = [one for one in server.under_way(frozenset()) if one.reason is Reason.TURN]
+            now = asyncio.get_running_loop().time()
+            assert oldest.began <= oldest.moved <= now
+            assert now - oldest.moved == pytest.approx(server.oldest_wait(now), abs=0.5)
             release.set()
             for one in calls:
                 one.cancel()
@@ -311,10 +316,12 @@ def test_the_page_shows_calls_and_requests_to_those_who_may_read(casfs: Casfs) -
             for text in ("<td>Write</td>", "<td>HTTP PUT cas</td>", "<td>HTTP GET page</td>", "<td>its message</td>"):
                 assert text in page
             top = web("GET", "/").body.decode()
+            assert "0 calls and 1 upload wait" in top
             assert '<a href="/calls">' in top
         finally:
             go_on.set()
             putting.close()
+        wait_for(lambda: "upload wait" not in web("GET", "/").body.decode())
 
 
 def test_the_level_of_the_log_can_be_chosen(casfs: Casfs) -> None:
