@@ -89,6 +89,11 @@ class Store:
                 self._hydrator = Hydrator(self.blobs, self.ingest, sources, timeout=self._options.timeout)
             return self._hydrator
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether missing blobs may come from elsewhere than the cold tier."""
+        return bool(self._options.directories or self._remote)
+
     @cached_property
     def presence(self) -> Presence:
         """Which blobs are here, asked often."""

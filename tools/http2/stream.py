@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from tools.http2.hpack import Header
 
-STREAM_WINDOW = 64 << 10
+STREAM_WINDOW = 32 << 10
 """Bytes of a stream that come before it is waited for."""
 TURN_WINDOW = 512 << 10
 """And of one that is being taken."""

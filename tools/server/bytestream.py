@@ -120,8 +120,10 @@ class SmallWrite:
 
     def __init__(self, name: ResourceName, first: bytestream.WriteRequest) -> None:
         self.name = name
-        self._first = first
-        self._data = first.data
+        self.size = len(first.data)
+        """Bytes that came."""
+        self._resource_name = first.resource_name
+        self._parts = [first.data]
         self.finished = first.finish_write
 
     @classmethod
@@ -131,28 +133,29 @@ class SmallWrite:
 
     def add(self, request: bytestream.WriteRequest) -> None:
         """Take the next message. Raises InvalidArgument."""
-        _check_following(request, self._first.resource_name, len(self._data))
-        self._data += request.data
+        _check_following(request, self._resource_name, self.size)
+        self._parts.append(request.data)
+        self.size += len(request.data)
         self.finished = request.finish_write
-        if not self.finished and len(self._data) > self.name.digest.size + _SLACK:
+        if not self.finished and self.size > self.name.digest.size + _SLACK:
             raise InvalidArgument(f"over {self.name.digest.size} bytes came, which {self.name.digest} has")
 
     def plain(self) -> bytes:
         """The blob's bytes. Raises DigestMismatch, InvalidArgument where they can't be that."""
         size = self.name.digest.size
         if self.name.compression is Compression.ZSTD:
-            return expand(self._data, size)
-        if len(self._data) != size:
-            raise DigestMismatch(f"{len(self._data)} bytes came as {self.name.digest}; nothing was stored")
-        return self._data
+            return expand(b"".join(self._parts), size)
+        if self.size != size:
+            raise DigestMismatch(f"{self.size} bytes came as {self.name.digest}; nothing was stored")
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
     def answer(self) -> bytestream.WriteResponse:
         """What is answered when the blob is durable."""
-        return bytestream.WriteResponse(committed_size=len(self._data))
+        return bytestream.WriteResponse(committed_size=self.size)
 
     def so_far(self) -> bytestream.WriteRequest:
         """All that came, as one message."""
-        return bytestream.WriteRequest(resource_name=self._first.resource_name, data=self._data)
+        return bytestream.WriteRequest(resource_name=self._resource_name, data=b"".join(self._parts))
 
 
 def _check_following(request: bytestream.WriteRequest, first_name: str, received: int) -> None:

@@ -11,8 +11,8 @@ client's error (INVALID_ARGUMENT) and not ours.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Iterator
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
+from contextlib import asynccontextmanager, closing, suppress
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -43,8 +43,10 @@ _QUICK_SECONDS = 0.1
 _SMALL_BYTES = 64 << 10
 _LAST_MOST = _SMALL_BYTES | 15
 """Bytes of a message that is sent with the status, and so not patiently: more would be held for a client that hangs."""
-_WHOLE_MOST = 48 << 10
+_WHOLE_MOST = 28 << 10
 """Bytes of an upload that comes whole before it has its turn: they fit into a stream's first window."""
+_GATHERED_MOST = 256 << 10
+"""And of one that is gathered in memory when it has its turn, and then stored together with others."""
 
 
 class Call(Protocol):
@@ -329,9 +331,11 @@ class Calls:
         name = self._stream.parse(first.resource_name)
         if self._stream.is_remembered(name):
             return self._stream.whole_answer(name).SerializeToString()
-        small = SmallWrite.begin(name, first) if name.digest.size <= _WHOLE_MOST else None
+        small = SmallWrite.begin(name, first) if name.digest.size <= _GATHERED_MOST else None
         if small is None:
             return self._write_long(first, messages, call)
+        if name.digest.size > _WHOLE_MOST:
+            return self._gather_in_turn(small, messages, call)
         while not small.finished:
             raw = messages.take()
             if raw is None:
@@ -343,25 +347,42 @@ class Calls:
     def _add_whole(self, small: SmallWrite, call: Call) -> None:
         stream, name = self._stream, small.name
         stream.forget(name)
+        # Made now: of an upload that waits nothing is held but the blob's bytes.
+        answer = small.answer().SerializeToString()
 
         def settle(refused: Exception | None) -> None:
             if refused is None:
                 stream.note(name)
-                call.answer(small.answer().SerializeToString())
+                call.answer(answer)
             else:
                 call.fail(refused)
 
         call.note_blobs((name.digest,))
         self._gate.add(Client(call.authorization, call.connection), name.digest, small.plain(), settle)
 
+    async def _gather_in_turn(self, small: SmallWrite, messages: Messages, call: Call) -> Answer:
+        async with self._turn(call, small.size):
+            await self._take_all(small, messages)
+        if not small.finished:
+            return await self._write_long(small.so_far(), messages, call)
+        return await self._store(small, call)
+
     async def _gather(self, small: SmallWrite, messages: Messages, call: Call) -> Answer:
         """What of a small blob isn't here yet; one that isn't finished is parked as a long one is."""
+        await self._take_all(small, messages)
+        if not small.finished:
+            return await self._write_long(small.so_far(), messages, call)
+        return await self._store(small, call)
+
+    async def _take_all(self, small: SmallWrite, messages: Messages) -> None:
         while not small.finished:
             try:
                 raw = await self._waiting.patiently(anext(messages))
             except StopAsyncIteration:
-                return await self._write_long(small.so_far(), messages, call)
+                return
             small.add(bytestream.WriteRequest.FromString(raw))
+
+    async def _store(self, small: SmallWrite, call: Call) -> Answer:
         self._stream.forget(small.name)
         done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         client = Client(call.authorization, call.connection)
@@ -374,12 +395,18 @@ class Calls:
         return small.answer().SerializeToString()
 
     async def _write_long(self, first: bytestream.WriteRequest, messages: Messages, call: Call) -> Answer:
-        async with self._gate.turn(Client(call.authorization, call.connection)):
+        async with self._turn(call, len(first.data)):
+            # Closed also when the client has vanished, which cancels this.
+            with closing(self._stream.begin_write()) as write:
+                return (await self._take(first, messages, write)).SerializeToString()
+
+    @asynccontextmanager
+    async def _turn(self, call: Call, held: int) -> AsyncIterator[None]:
+        """The turn of an upload, whose flow-control window is opened; `held`: bytes that are here already."""
+        async with self._gate.turn(Client(call.authorization, call.connection), held):
             call.streaming(1)
             try:
-                # Closed also when the client has vanished, which cancels this.
-                with closing(self._stream.begin_write()) as write:
-                    return (await self._take(first, messages, write)).SerializeToString()
+                yield
             finally:
                 call.streaming(-1)
 

@@ -117,7 +117,9 @@ class CompressedReader:
 class Downloads:
     """The way out of one store."""
 
-    def __init__(self, blobs: Blobs, presence: Presence, hydrator: Hydrator) -> None:
+    def __init__(self, blobs: Blobs, presence: Presence, hydrator: Hydrator, *, only_here: bool = False) -> None:
+        """`only_here`: what neither the store nor its cold tier has can't come from anywhere."""
+        self._only_here = only_here
         self._blobs = blobs
         self._presence = presence
         self._hydrator = hydrator
@@ -143,8 +145,12 @@ class Downloads:
         wait([self._hydrator.fetch(as_digest(name)) for name in dict.fromkeys(absent)])
 
     def open_quick(self, digest: Digest) -> int:
-        """The same without waiting. Raises WouldWait."""
-        if digest.is_empty_blob or self._presence.find_absent((as_name(digest),), may_wait=False):
+        """The same without waiting. Raises WouldWait, and MissingBlob where that is sure."""
+        if digest.is_empty_blob:
+            raise WouldWait
+        if self._presence.find_absent((as_name(digest),), may_wait=False):
+            if self._only_here:
+                raise MissingBlob(f"no blob {digest} in the store, nor in any of its sources")
             raise WouldWait
         descriptor = self._open_present(digest)
         if os.fstat(descriptor).st_size != digest.size:

@@ -18,7 +18,6 @@ Used in the loop's thread.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -32,7 +31,7 @@ from tools.server.storing import Settle, Store, Storing, Whole
 from tools.server.waits import Reason, waiting_for
 
 _BLOBS_MOST = 2048
-_BYTES_MOST = 16 << 20
+_BYTES_MOST = 12 << 20
 """That the store's threads have at a time: some groups, and few enough that the last blob of them doesn't wait long."""
 
 
@@ -67,10 +66,10 @@ class Gate:
         self.load = load
         self._clock = asyncio.get_running_loop().time
         self._storing = Storing(store, self._pump)
-        self._coming: dict[Digest, deque[_Bringer]] = {}
+        self._coming: dict[Digest, list[_Bringer]] = {}
         """Blobs that wait or are being stored: the first one's bytes are, the others wait for what becomes of them."""
         self._whole: FairQueue[Digest] = FairQueue()
-        self._free = turns
+        self._most = self._free = turns
         self._turns: FairQueue[_Turn] = FairQueue()
         self.waiting_turns = 0
         """Uploads that wait for a turn."""
@@ -112,7 +111,7 @@ class Gate:
         if waiting is not None:
             waiting.append(bringer)
             return
-        self._coming[digest] = deque((bringer,))
+        self._coming[digest] = [bringer]
         self._whole.push(bringer.client.token, bringer.client.connection, digest)
         if len(self._whole) == 1:
             self._pump()
@@ -127,51 +126,59 @@ class Gate:
             bringer = self._coming[digest][0]
             self.load.release(bringer.client.connection, len(bringer.data or b""))
             self._storing.add(Whole(digest, bringer.data or b"", partial(self._settle, digest)))
+        self._pass_on()
 
     def _settle(self, digest: Digest, refused: Exception | None) -> None:
-        waiting = self._coming[digest]
-        waiting.popleft().settle(refused)
-        while waiting:
-            following = waiting.popleft()
-            if following.data is not None and isinstance(refused, DigestMismatch):
-                # The first one's bytes were wrong; that says nothing of these.
-                waiting.appendleft(following)
+        # Forgotten before anybody is told: who is may bring it again.
+        first, *others = self._coming.pop(digest)
+        if isinstance(refused, DigestMismatch):
+            # The first one's bytes were wrong; that says nothing of those of the others.
+            bringing = [bringer for bringer in others if bringer.data is not None]
+            if bringing:
+                following = bringing[0]
+                others.remove(following)
+                self._coming[digest] = [following, *others]
                 self._whole.push(following.client.token, following.client.connection, digest)
-                return
-            self.load.release(following.client.connection, len(following.data or b""))
-            following.settle(refused)
-        del self._coming[digest]
+                others = []
+        first.settle(refused)
+        for bringer in others:
+            self.load.release(bringer.client.connection, len(bringer.data or b""))
+            bringer.settle(refused)
 
     @asynccontextmanager
-    async def turn(self, client: Client) -> AsyncIterator[None]:
-        """Have one of the turns; waits for it."""
-        if self._free:
-            self._free -= 1
-        else:
-            mine = asyncio.get_running_loop().create_future()
-            self._turns.push(client.token, client.connection, _Turn(mine, self._clock()))
-            self.waiting_turns += 1
-            try:
-                with waiting_for(Reason.TURN):
-                    await mine
-            except asyncio.CancelledError:
-                if mine.done() and not mine.cancelled():
-                    self._pass_on()
-                raise
-            finally:
-                self.waiting_turns -= 1
+    async def turn(self, client: Client, held: int = 0) -> AsyncIterator[None]:
+        """Have one of the turns; waits for it, with so many bytes in memory."""
+        mine = asyncio.get_running_loop().create_future()
+        self.load.hold(client.connection, held)
+        self.waiting_turns += 1
+        self._turns.push(client.token, client.connection, _Turn(mine, self._clock()))
+        try:
+            self._pass_on()
+            with waiting_for(Reason.TURN):
+                await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self._give_back()
+            raise
+        finally:
+            self.waiting_turns -= 1
+            self.load.release(client.connection, held)
         try:
             yield
         finally:
-            self._pass_on()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self._free += 1
+        self._pass_on()
 
     def _pass_on(self) -> None:
-        while self._turns:
+        """Turns for those that wait: not while there is too much to store already, unless nobody has one."""
+        while self._turns and self._free and (self._has_room or self._free == self._most):
             come = self._turns.pop().come
             if not come.done():
+                self._free -= 1
                 come.set_result(None)
-                return
-        self._free += 1
 
     def close(self) -> None:
         """Store what the store's threads has; what waits before it is given up."""

@@ -49,7 +49,8 @@ class GrpcServer:
     def pressure(self) -> Pressure:
         """What waits now, brought by other doors included. For any thread."""
         gate, load = self.gate, self.gate.load
-        return Pressure(load.calls, load.bytes, gate.waiting_turns, gate.storing, load.left)
+        turns = gate.waiting_turns
+        return Pressure(load.calls - turns, load.bytes, turns, gate.storing, load.left)
 
     def oldest_wait(self, now: float) -> float:
         """For how many seconds the oldest of it has waited."""

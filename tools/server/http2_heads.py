@@ -26,6 +26,8 @@ _ENTRY_BYTES = 32
 """What a header counts for beside its text (RFC 9113, section 6.5.2)."""
 _STATUS_MOST = 4096
 """Bytes of a status's message, and of its details: clients bound headers at 8 KiB, and a frame at 16."""
+_KNOWN_MOST = 256
+"""Headers whose meaning is remembered; none is longer than a few times the bound of a request's."""
 _CUT_QUOTE = re.compile("%.?$")
 _SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 """What a status message needn't have quoted."""
@@ -48,9 +50,28 @@ class Routes:
     def __init__(self, endpoints: Iterable[Endpoint], limits: GrpcLimits) -> None:
         self.limits = limits
         self._endpoints = {endpoint.method.path.encode(): endpoint for endpoint in endpoints}
+        self._known: dict[tuple[Header, ...], Head] = {}
 
     def interpret(self, headers: list[Header]) -> Head:
         """Of headers that an HTTP/2 request may have."""
+        # The same ones come again and again, but for the time that is left to the call.
+        timeout = b""
+        rest = []
+        for header in headers:
+            if header[0] == b"grpc-timeout":
+                timeout = header[1]
+            else:
+                rest.append(header)
+        key = tuple(rest)
+        head = self._known.get(key)
+        if head is None:
+            head = self._interpret(rest)
+            if len(self._known) >= _KNOWN_MOST:
+                self._known.clear()
+            self._known[key] = head
+        return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal)
+
+    def _interpret(self, headers: list[Header]) -> Head:
         size = sum(len(name) + len(value) + _ENTRY_BYTES for name, value in headers)
         if size > self.limits.header_bytes:
             return _refuse(Exhausted(f"headers of {size} bytes: at most {self.limits.header_bytes} may be"))
@@ -74,8 +95,7 @@ class Routes:
         return Head(
             endpoint,
             None if authorization is None else authorization.decode("utf-8", "surrogateescape"),
-            found.get(b"grpc-timeout", b""),
-            encoding == b"gzip",
+            compressed=encoding == b"gzip",
         )
 
 

@@ -168,7 +168,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the loop reads to; what comes is copied from there before anything else is read."""
-        return _buffer if not self._load.is_full else _buffer[:_READ_LEAST]
+        return _buffer if not self._load.is_much else _buffer[:_READ_LEAST]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Have what came worked on when it is this connection's turn."""
@@ -178,7 +178,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._read_or_not()
 
     def _ready(self) -> None:
-        self._turns.add(self)
+        # Not at once: whoever says so may be at work for another connection.
+        self._loop.call_soon(self._turns.add, self)
 
     def work(self, seconds: float) -> bool:
         """Work on what came, for about so long, and send at once what that gave; whether there is more to do."""
@@ -194,7 +195,7 @@ class _Connection(asyncio.BufferedProtocol):
         return len(self._connection.streams) <= _LIGHT_CALLS
 
     def _read_or_not(self) -> None:
-        most = _READ_LEAST if self._load.is_full else _READ_MOST
+        most = _READ_LEAST if self._load.is_much else _READ_MOST
         connection = self._connection
         reading = self._calls.paused is None and (connection.unparsed < most or connection.hungry)
         if reading != self._reading and not self._transport.is_closing():

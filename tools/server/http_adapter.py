@@ -279,7 +279,7 @@ class HttpAdapter:
         data = b"".join(parts)
         self._metrics.note_bytes("http", len(data), 0)
         digest = self._cache.read_whole(name, data)
-        if self._cache.is_remembered(name):
+        if self._cache.is_remembered(digest):
             return
         done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._gate.add(client, digest, data, partial(settle_future, done))

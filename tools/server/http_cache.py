@@ -177,18 +177,19 @@ class HttpCache:
         self._actions.touch(key, time.time())
         return _content(descriptor, os.fstat(descriptor).st_size, "", may_wait=True)
 
-    def is_remembered(self, name: CacheName) -> bool:
-        """Whether a blob of that hash was lately found here, or brought. Never waits."""
-        digest = self._presence.find_hashed(name.hash)
-        return digest is not None and self._presence.remembers(as_name(digest))
+    def is_remembered(self, digest: Digest) -> bool:
+        """Whether the blob was lately found here, or brought. Never waits."""
+        return self._presence.remembers(as_name(digest))
 
     def read_whole(self, name: CacheName, data: bytes) -> Digest:
         """What a blob is, all of whose bytes came under a name. Raises DigestMismatch."""
         self._instances.check(name.instance)
-        found = [function.of(data) for function in DigestFunction]
-        for digest in found:
+        found = []
+        for function in DigestFunction:
+            digest = function.of(data)
             if digest.hash == name.hash:
                 return digest
+            found.append(digest)
         raise DigestMismatch(
             f"the bytes offered as {name.hash.hex()} are {' and '.join(map(str, found))}; nothing was stored"
         )

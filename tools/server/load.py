@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable
 
-_CALLS_MOST = 8_000
-_BYTES_MOST = 48 << 20
-_OWN_LEAST = 4
+_CALLS_MOST = 4_000
+_BYTES_MOST = 24 << 20
+_OWN_LEAST = 2
 """Calls that a connection may have waiting, however much there is."""
 _AT_A_TIME = 16
 """Calls that a connection is likely to bring when it is read on."""
@@ -39,6 +39,11 @@ class Load:
     def is_full(self) -> bool:
         """Nothing more should be taken in where that can be helped."""
         return self.calls >= self._calls_most or self.bytes >= self._bytes_most
+
+    @property
+    def is_much(self) -> bool:
+        """What is read has to wait, so it should be little at a time."""
+        return self.calls >= self._calls_most >> 3 or self.bytes >= self._bytes_most >> 3
 
     @property
     def left(self) -> int:

@@ -27,7 +27,7 @@ from store.digest import Digest
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated import operations_pb2 as operations
 from tools.reapi.generated import remote_execution_pb2 as reapi
-from tools.server.errors import NotThere, Unavailable
+from tools.server.errors import Exhausted, NotThere, Unavailable
 from tools.server.requests import write_digest
 from tools.worker.work import Assignment, Stage, Stop
 
@@ -35,6 +35,8 @@ ABANDON_SECONDS = 10.0
 _KEEP_SECONDS = 600.0
 _KEEP_MOST = 10_000
 _FORGET_AT_ONCE = 64
+_QUEUED_MOST = 50_000
+"""Actions that wait at a time: some kilobytes each, and days of work for one machine."""
 _RESPONSE = f"type.googleapis.com/{reapi.ExecuteResponse.DESCRIPTOR.full_name}"
 
 _Key = tuple[str, Digest]
@@ -132,8 +134,9 @@ class Watch:
 class Scheduler:
     """The executions of one server. Implements `tools.worker.work.WorkSource`."""
 
-    def __init__(self, abandon_seconds: float = ABANDON_SECONDS) -> None:
-        """`abandon_seconds`: how long an execution goes on that nobody watches."""
+    def __init__(self, abandon_seconds: float = ABANDON_SECONDS, queued_most: int = _QUEUED_MOST) -> None:
+        """`abandon_seconds`: how long an execution goes on that nobody watches. `queued_most`: actions that wait."""
+        self._queued_most = queued_most
         self._abandon_seconds = abandon_seconds
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -148,7 +151,7 @@ class Scheduler:
     # For the service.
 
     def submit(self, instance: str, action: Digest, priority: int, *, merge: bool) -> Execution:
-        """An execution in the queue; with `merge` an equal one that isn't done. Raises Unavailable."""
+        """An execution in the queue; with `merge` an equal one that isn't done. Raises Unavailable, Exhausted."""
         with self._lock:
             if self._draining:
                 raise Unavailable("this server is ending")
@@ -159,6 +162,8 @@ class Scheduler:
                     execution.priority = priority
                     self._push(execution)
                 return execution
+            if len(self._queue) >= self._queued_most:
+                raise Exhausted(f"{len(self._queue)} actions are queued, which are the most: try again later")
             execution = self._new(instance, action, priority)
             if merge:
                 self._mergeable[instance, action] = execution

@@ -58,7 +58,7 @@ class Services:
         self.write_back: WriteBack | None = None
         self.uploads = store.uploads(self.space, self._note_added)
         self.desk = Desk(self.uploads)
-        self.downloads = Downloads(store.blobs, store.presence, store.hydrator)
+        self.downloads = Downloads(store.blobs, store.presence, store.hydrator, only_here=not store.has_sources)
         self.capabilities = Capabilities(
             instances,
             update_enabled=not options.read_only,

@@ -7,8 +7,8 @@ next one is always that which has used least of the loop. A connection that come
 back after a while counts as having used no less than those that wait, however
 long it was away: time that wasn't used isn't saved up. A new one counts as having
 used a slice more, and no one for more than a few: a call that took long isn't
-paid for by seconds of waiting. What counts is time of the CPU, not of the clock.
-(This is fair queueing by virtual start times; Linux's CFS did it so.)
+paid for by seconds of waiting. (This is fair queueing by virtual start times;
+Linux's CFS did it so.)
 
     turns.add(connection)       it has something to do
     connection.work(seconds)    called when it is its turn; whether there is more
@@ -18,7 +18,6 @@ Between a few slices the loop looks at its sockets again. Used in the loop's thr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
@@ -30,6 +29,7 @@ _AHEAD_MOST = 4 * SLICE_SECONDS
 """That a connection counts as having used more than those that wait."""
 _ROUND_SECONDS = 0.1
 """In which all that wait should have had their turn: slices are shorter where there are many."""
+_CHARGED_MOST = 4 * SLICE_SECONDS
 _HEAVY_EVERY = 4
 """One turn of so many is for who has much under way."""
 _LOOK_SECONDS = 0.004
@@ -63,11 +63,8 @@ class Turns:
         self,
         clock: Callable[[], float],
         call_soon: Callable[[Callable[[], None]], Any],
-        cpu: Callable[[], float] = time.thread_time,
     ) -> None:
-        """`clock` and `cpu` say seconds: that pass, and that this thread works."""
         self._clock = clock
-        self._cpu = cpu
         self._call_soon = call_soon
         self._light: list[tuple[float, int, Worker]] = []
         self._heavy: list[tuple[float, int, Worker]] = []
@@ -106,9 +103,11 @@ class Turns:
         self._wait(worker)
 
     def _have_worked(self, worker: Worker, seconds: float) -> bool:
-        began = self._cpu()
+        began = self._clock()
         more = worker.work(seconds)
-        worker.used += self._cpu() - began
+        # By the clock, and no more than so much: an interruption mustn't be paid for by whoever it happened to, and
+        # asking for the CPU's time takes as long as much of what is measured.
+        worker.used += min(self._clock() - began, _CHARGED_MOST)
         return more and not worker.queued
 
     def _wait(self, worker: Worker) -> None:

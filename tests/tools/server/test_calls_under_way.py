@@ -68,8 +68,9 @@ class Listed:
 
     def report(self, caplog: pytest.LogCaptureFixture) -> list[str]:
         self.under_way.report()
-        [thread] = [thread for thread in threading.enumerate() if thread.name == "report"]
-        thread.join(20)
+        for thread in threading.enumerate():
+            if thread.name == "report":
+                thread.join(20)
         return [record.getMessage() for record in caplog.records]
 
 

@@ -168,11 +168,11 @@ def test_what_waits_for_a_store_is_counted_and_known_by_its_place() -> None:
             assert gate.oldest() is None
             for data, digest, one in zip(blobs, digests, done, strict=True):
                 gate.add(Client(None, 1), digest, data, partial(settle_future, one))
-            # 16 MiB are given to the store's threads at a time, and a little over.
-            assert (gate.storing, gate.waiting, gate.load.calls, gate.load.bytes) == (4, 2, 2, 10 << 20)
+            # 12 MiB are given to the store's threads at a time, and a little over.
+            assert (gate.storing, gate.waiting, gate.load.calls, gate.load.bytes) == (3, 3, 3, 15 << 20)
             waiting = gate.waiting_blobs()
-            assert waiting == set(digests[4:])
-            assert [find_place([digest], waiting) for digest in digests[3:5]] == [Reason.STORE, Reason.ROOM]
+            assert waiting == set(digests[3:])
+            assert [find_place([digest], waiting) for digest in digests[2:4]] == [Reason.STORE, Reason.ROOM]
             assert find_place(digests, waiting) is Reason.ROOM
             oldest = gate.oldest()
             assert oldest is not None and began <= oldest <= loop.time()
@@ -250,5 +250,7 @@ def test_uploads_that_wait_too_long_are_overload_until_they_are_gone(casfs: Casf
         wait_for(lambda: len(said()) == 2)
         assert web.metrics()["casfs_overloaded"] == 0
     begin, end = said()
-    assert "WARNING overloaded: 0 calls and 2 uploads wait (0 B), 0 connections are not read, the oldest for " in begin
+    assert (
+        "WARNING overloaded: 0 calls and 2 uploads wait (2.0 KiB), 0 connections are not read, the oldest for " in begin
+    )
     assert "INFO no longer overloaded, after " in end
