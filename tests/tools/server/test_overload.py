@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -15,12 +17,15 @@ from store.digest import Digest
 from store.errors import StoreError
 from tests.tools.conftest import Casfs
 from tests.tools.server.conftest import HTTP, SHA256, HttpClient, connected, running, wait_for
+from tools.config import Settings
+from tools.http2.stream import STREAM_WINDOW, TURN_WINDOW
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.resource_names import ResourceName
+from tools.server import gate, load, storing
 from tools.server.gate import Client, Gate
 from tools.server.load import Load
-from tools.server.metrics import Metrics, Sizes
+from tools.server.metrics import _WAITING, Metrics, Sizes
 from tools.server.overload import CLEAR_SECONDS, Overload, Pressure
 from tools.server.storing import settle_future
 from tools.server.waits import Reason, find_place
@@ -254,3 +259,35 @@ def test_uploads_that_wait_too_long_are_overload_until_they_are_gone(casfs: Casf
         "WARNING overloaded: 0 calls and 2 uploads wait (2.0 KiB), 0 connections are not read, the oldest for " in begin
     )
     assert "INFO no longer overloaded, after " in end
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "overload.md"
+
+
+def test_the_page_for_operators_has_the_bounds_of_the_code() -> None:
+    text = PAGE.read_text()
+    settings = Settings(Path("/nowhere"))
+    for what, *bounds in (
+        ("calls and blobs that wait for their turn", f"{load._CALLS_MOST:,} or {load._BYTES_MOST >> 20} MiB"),
+        ("and of one connection whatever the others do", f"{load._OWN_LEAST} calls"),
+        ("calls of a connection", f"{settings.serve_max_streams:,}"),
+        ("bytes of an upload before its turn", f"{STREAM_WINDOW >> 10} KiB"),
+        ("bytes of an upload that has its turn, not yet taken", f"{TURN_WINDOW >> 10} KiB"),
+        ("large uploads taken at a time", f"{settings.serve_max_uploads}"),
+        ("small blobs that the store's threads have", f"{gate._BLOBS_MOST:,}, {gate._BYTES_MOST >> 20} MiB"),
+        ("small blobs in one sync", f"{storing._GROUP_BLOBS}, {storing._GROUP_BYTES >> 20} MiB"),
+        ("one message", f"{settings.serve_max_message >> 20} MiB"),
+        ("silence in a stream, or of a client that takes no answer", f"{settings.serve_idle_timeout} s"),
+    ):
+        for bound in bounds:
+            assert f"| {what} | {bound}" in text, (what, bound)
+    for reason in Reason:
+        assert f"| {reason.value.partition(' (')[0]} |" in text
+    for about, _ in _WAITING.values():
+        assert f"`{about}`" in text
+
+
+@pytest.mark.parametrize("page", sorted(PAGE.parent.rglob("*.md")), ids=lambda page: page.name)
+def test_what_the_pages_link_to_is_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
