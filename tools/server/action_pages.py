@@ -16,7 +16,7 @@ from tools.worker.work import Stage
 
 ACTION_HEAD = ("action", "command", "ended", "fetch", "run", "upload", "when")
 RUNNING_HEAD = ("action", "operation", "stage", "for")
-CALLS_HEAD = ("method", "client", "connection", "calls", "oldest", "youngest", "without progress", "waits for")
+CALLS_HEAD = ("method", "client", "where", "calls", "oldest", "youngest", "without progress", "waits for")
 _COMMAND_SHOWN = 80
 
 
@@ -32,7 +32,7 @@ def _link(action: Digest, instance: str) -> Markup:
 def calls_row(group: Group) -> Iterable[Child]:
     """A row under `CALLS_HEAD`."""
     ages = (f"{seconds:,.1f}" for seconds in (group.oldest, group.youngest, group.stalled))
-    return group.method, group.client or "-", group.connection, f"{group.number:,}", *ages, group.reason.value
+    return group.method, group.client or "-", group.where, f"{group.number:,}", *ages, group.reason.value
 
 
 def action_row(report: Report) -> Iterable[Child]:

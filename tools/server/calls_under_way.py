@@ -45,19 +45,28 @@ Source = Callable[[Set[Digest]], Iterable[CallUnderWay]]
 
 
 class Group(NamedTuple):
-    """Calls that are alike; in seconds: the ages of the oldest and the youngest, the longest time without progress."""
+    """Calls that are alike; in seconds: the ages of the oldest and the youngest, the longest time without progress.
+
+    `connections`: their numbers, in order.
+    """
 
     method: str
     client: str
-    connection: int
     reason: Reason
+    connections: tuple[int, ...]
     number: int
     oldest: float
     youngest: float
     stalled: float
 
+    @property
+    def where(self) -> str:
+        """Their connections: the number of the only one, or how many."""
+        one, *others = self.connections
+        return f"{len(self.connections):,} connections" if others else f"connection {one}"
+
     def __str__(self) -> str:
-        whose = f"{self.method} from {self.client or 'a local client'}, connection {self.connection}"
+        whose = f"{self.method} from {self.client or 'a local client'}, {self.where}"
         if self.number == 1:
             what = f"{self.oldest:.1f} s old, {self.stalled:.1f} s without progress, waits"
         else:
@@ -68,20 +77,30 @@ class Group(NamedTuple):
         return f"{whose}: {what} for {self.reason.value}"
 
 
-def group(calls: Iterable[CallUnderWay], now: float) -> list[Group]:
-    """The calls with those that are alike together, the oldest first."""
-    alike: dict[tuple[str, str, int, Reason], list[CallUnderWay]] = {}
+def group(calls: Sequence[CallUnderWay], now: float) -> list[Group]:
+    """Those that are alike together, the oldest first. Of many connections, those of a client are put together."""
+    groups = _group(calls, now, lambda call: (call.method, call.client, call.reason, call.connection))
+    if len(groups) > LINES_MOST:
+        return _group(calls, now, lambda call: (call.method, call.client, call.reason))
+    return groups
+
+
+def _group(calls: Sequence[CallUnderWay], now: float, kind: Callable[[CallUnderWay], Hashable]) -> list[Group]:
+    alike: dict[Hashable, list[CallUnderWay]] = {}
     for call in calls:
-        alike.setdefault((call.method, call.client, call.connection, call.reason), []).append(call)
+        alike.setdefault(kind(call), []).append(call)
     groups = [
         Group(
-            *kind,
+            those[0].method,
+            those[0].client,
+            those[0].reason,
+            connections=tuple(sorted({call.connection for call in those})),
             number=len(those),
             oldest=now - min(call.began for call in those),
             youngest=now - max(call.began for call in those),
             stalled=now - min(call.moved for call in those),
         )
-        for kind, those in alike.items()
+        for those in alike.values()
     ]
     return sorted(groups, key=lambda one: -one.oldest)
 

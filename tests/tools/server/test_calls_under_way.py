@@ -56,6 +56,18 @@ def test_calls_that_are_alike_are_one_line_and_the_oldest_is_first() -> None:
     ]
 
 
+def test_connections_of_a_client_are_put_together_where_they_are_many() -> None:
+    calls = [call(number, 100.0 - number % 7, connection=number) for number in range(LINES_MOST)]
+    assert len(group(calls, 100.0)) == LINES_MOST
+    calls.append(call(LINES_MOST, 90.0, connection=LINES_MOST))
+    assert [str(one) for one in group(calls, 100.0)] == [
+        (
+            "Write from 10.0.0.1, 101 connections: 101 calls, 0.0 to 10.0 s old, up to 10.0 s without progress, "
+            "wait for a turn for a large upload"
+        )
+    ]
+
+
 class Listed:
     """Calls of a loop that runs in a thread."""
 
@@ -89,11 +101,11 @@ def test_a_report_has_at_most_so_many_lines_and_a_count_of_the_rest(
     listed: Listed, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = time.monotonic()
-    listed.calls = [call(number, now - number, connection=number // 2) for number in range(2 * LINES_MOST + 6)]
+    listed.calls = [call(number, now - number, client=f"10.0.0.{number // 2}") for number in range(2 * LINES_MOST + 6)]
     first, *those, last = listed.report(caplog)
     assert first.startswith("SIGUSR1: 206 calls under way; threads: ")
     assert len(those) == LINES_MOST
-    assert re.search(r"connection 102: 2 calls, 204\.\d to 205\.\d s old", those[0])
+    assert re.search(r"10\.0\.0\.102, connection 3: 2 calls, 204\.\d to 205\.\d s old", those[0])
     assert last == "under way: and 6 calls more"
     assert count_rest(group(listed.calls, now), 102) == 2
 
