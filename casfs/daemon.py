@@ -112,11 +112,11 @@ def revive(kind: str, text: str) -> Exception:
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Log lines go to the store's log."""
+def logging_to(path: Path, level: int = logging.INFO) -> Iterator[None]:
+    """Log lines of that level and above go to the store's log."""
     handler = LogFile(path)
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(level)
     try:
         yield
     finally:

@@ -23,6 +23,9 @@ PREFETCH = ("none", "all", "profile")
 """Which inputs a worker may fetch before an action starts."""
 
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
 class Settings(NamedTuple):
     """What a verb may need to know. Sizes in bytes, durations in seconds, None for what isn't set.
 
@@ -69,6 +72,7 @@ class Settings(NamedTuple):
     serve_idle_timeout: int = 60
     serve_drain_timeout: int = 20
     serve_execute: bool = False
+    serve_log_level: str = "info"
     worker_buildgrid: str | None = None
     worker_buildbarn: str | None = None
     worker_name: str | None = None
@@ -236,6 +240,7 @@ KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "serve.idle-timeout": ("serve_idle_timeout", _timeout),
     "serve.drain-timeout": ("serve_drain_timeout", _duration),
     "serve.execute": ("serve_execute", _yes_or_no),
+    "serve.log-level": ("serve_log_level", _one_of(*LOG_LEVELS)),
     "worker.buildgrid": ("worker_buildgrid", _text),
     "worker.buildbarn": ("worker_buildbarn", _text),
     "worker.name": ("worker_name", _text),

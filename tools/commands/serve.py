@@ -12,7 +12,7 @@ from store.quota import Limits
 from tools.commands import complete
 from tools.commands._upstream import add_upstream_arguments, apply_upstream
 from tools.commands._worker import add_worker_arguments, worker_options
-from tools.config import Settings
+from tools.config import LOG_LEVELS, Settings
 from tools.output import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at SIGTERM or Ctrl-C, let calls that are on end within so long; a second one ends it at once "
         "(default: 20s)",
     )
+    parser.add_argument(
+        "--log-level",
+        choices=LOG_LEVELS,
+        help="what is written to the store's casfs.log; debug: also each call that makes no progress for 10 s "
+        "(default: info)",
+    )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
@@ -166,6 +172,7 @@ def _options(args: argparse.Namespace, settings: Settings) -> ServeOptions:
             ),
         ),
         worker=worker_options(args, settings) if _either(args.execute, settings.serve_execute) else None,
+        log_level=_either(args.log_level, settings.serve_log_level),
         announce=_announce,
     )
 

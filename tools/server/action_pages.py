@@ -1,4 +1,4 @@
-"""The parts of pages that show actions which were run: values to markup, no I/O."""
+"""The parts of pages that show calls, and actions which were run: values to markup, no I/O."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from urllib.parse import urlencode
 
 from store.digest import Digest
+from tools.server.calls_under_way import Group
 from tools.server.http_names import page_path
 from tools.server.markup import Child, Markup, join, table, tag
 from tools.server.scheduler import Execution
@@ -15,6 +16,7 @@ from tools.worker.work import Stage
 
 ACTION_HEAD = ("action", "command", "ended", "fetch", "run", "upload", "when")
 RUNNING_HEAD = ("action", "operation", "stage", "for")
+CALLS_HEAD = ("method", "client", "where", "calls", "oldest", "youngest", "without progress", "waits for")
 _COMMAND_SHOWN = 80
 
 
@@ -25,6 +27,12 @@ def _milliseconds(seconds: float | None) -> str:
 def _link(action: Digest, instance: str) -> Markup:
     query = f"?{urlencode({'instance': instance})}" if instance else ""
     return tag("code", tag("a", action.hex[:16] + "…", href=page_path("result", action) + query))
+
+
+def calls_row(group: Group) -> Iterable[Child]:
+    """A row under `CALLS_HEAD`."""
+    ages = (f"{seconds:,.1f}" for seconds in (group.oldest, group.youngest, group.stalled))
+    return group.method, group.client or "-", group.where, f"{group.number:,}", *ages, group.reason.value
 
 
 def action_row(report: Report) -> Iterable[Child]:

@@ -11,7 +11,7 @@ client's error (INVALID_ARGUMENT) and not ours.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from enum import Enum
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import Message
 
+from store.digest import Digest
 from store.presence import WouldWait
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
@@ -35,6 +36,7 @@ from tools.server.scheduler import Execution
 from tools.server.services import Services
 from tools.server.storing import settle_future
 from tools.server.waiting import FETCH_THREADS, Waiting
+from tools.server.waits import Reason, waiting_for
 
 _QUICK_SECONDS = 0.1
 """An action that takes no longer is quick. Its other states cost a client, Bazel, a millisecond of CPU."""
@@ -71,6 +73,10 @@ class Call(Protocol):
 
     def fail(self, error: Exception) -> None:
         """Say what went wrong in place of an answer; harmless where nobody waits any more."""
+        ...
+
+    def note_blobs(self, blobs: Collection[Digest]) -> None:
+        """It will be answered when these are in the store: for who asks what it waits for."""
         ...
 
     def streaming(self, change: int) -> None:
@@ -293,6 +299,7 @@ class Calls:
             if not left:
                 call.answer(batch.answer().SerializeToString())
 
+        call.note_blobs([digest for digest, _ in batch.blobs.values()])
         for number, (digest, data) in batch.blobs.items():
             self._gate.add(client, digest, data, partial(settle, number))
         return LATER
@@ -309,6 +316,7 @@ class Calls:
             return stream.status(name, is_here=is_here).SerializeToString()
 
         if self._gate.join(Client(call.authorization, call.connection), name.digest, settle):
+            call.note_blobs((name.digest,))
             return LATER
         try:
             return stream.status(name, is_here=stream.is_here(name, may_wait=False)).SerializeToString()
@@ -349,6 +357,7 @@ class Calls:
             else:
                 call.fail(refused)
 
+        call.note_blobs((name.digest,))
         self._gate.add(Client(call.authorization, call.connection), name.digest, small.plain(), settle)
 
     async def _gather_in_turn(self, small: SmallWrite, messages: Messages, call: Call) -> Answer:
@@ -378,7 +387,8 @@ class Calls:
         done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         client = Client(call.authorization, call.connection)
         self._gate.add(client, small.name.digest, small.plain(), partial(settle_future, done))
-        refused = await done
+        with waiting_for(Reason.STORE, blobs=(small.name.digest,)):
+            refused = await done
         if refused is not None:
             raise refused
         self._stream.note(small.name)

@@ -60,17 +60,19 @@ class Ending:
         self,
         *steps: Step,
         reload: Callable[[], object] | None = None,
+        report: Callable[[], object] | None = None,
         insist: bool = True,
         last: Callable[[], object] = lambda: None,
         describe: Callable[[], str] = describe_threads,
     ) -> None:
-        """`reload`: what SIGHUP does; it must not wait. Without, SIGHUP is not handled.
+        """`reload`: what SIGHUP does, `report`: what SIGUSR1 does; they must not wait. Without, it is not handled.
 
         `insist`: whether signals that come after the last step end the process at once. `last` is called before the
         process ends by `os._exit`. `describe` says what is under way.
         """
         self._steps = steps
         self._reload = reload
+        self._report = report
         self._insist = insist
         self._last = last
         self._describe = describe
@@ -141,7 +143,12 @@ class Ending:
                 signal.signal(number, signal.SIG_IGN)
 
     def _numbers(self) -> list[signal.Signals]:
-        return [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if self._reload else [])]
+        return [
+            signal.SIGTERM,
+            signal.SIGINT,
+            *([signal.SIGHUP] if self._reload else []),
+            *([signal.SIGUSR1] if self._report else []),
+        ]
 
     # The thread.
 
@@ -166,6 +173,8 @@ class Ending:
     def _hear(self, number: int) -> None:
         if number == signal.SIGHUP and self._reload is not None:
             self._reload()
+        if number == signal.SIGUSR1 and self._report is not None:
+            self._report()
         if number not in (signal.SIGTERM, signal.SIGINT):
             return
         now = time.monotonic()

@@ -8,6 +8,7 @@ no tokens connections share alike.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +23,14 @@ class FairQueue(Generic[T]):
 
     def __len__(self) -> int:
         return self._count
+
+    def __iter__(self) -> Iterator[T]:
+        """All items, in no order."""
+        return (item for owners in self._tokens.values() for waiting in owners.values() for item in waiting)
+
+    def heads(self) -> Iterator[T]:
+        """The first of each owner."""
+        return (waiting[0] for owners in self._tokens.values() for waiting in owners.values())
 
     def push(self, token: str | None, owner: int, item: T) -> None:
         """Behind what that owner has there."""

@@ -28,6 +28,7 @@ from store.errors import DigestMismatch, StoreUnusable
 from tools.server.fair import FairQueue
 from tools.server.load import Load
 from tools.server.storing import Settle, Store, Storing, Whole
+from tools.server.waits import Reason, waiting_for
 
 _BLOBS_MOST = 2048
 _BYTES_MOST = 12 << 20
@@ -47,6 +48,14 @@ class _Bringer(NamedTuple):
     client: Client
     data: bytes | None
     settle: Settle
+    since: float
+
+
+class _Turn(NamedTuple):
+    """Set when the turn has come, and since when it is waited for."""
+
+    come: asyncio.Future[None]
+    since: float
 
 
 class Gate:
@@ -55,22 +64,30 @@ class Gate:
     def __init__(self, store: Store, load: Load, turns: int) -> None:
         """`turns`: uploads that come piece by piece and are taken at a time."""
         self.load = load
+        self._clock = asyncio.get_running_loop().time
         self._storing = Storing(store, self._pump)
         self._coming: dict[Digest, list[_Bringer]] = {}
         """Blobs that wait or are being stored: the first one's bytes are, the others wait for what becomes of them."""
         self._whole: FairQueue[Digest] = FairQueue()
         self._most = self._free = turns
-        self._turns: FairQueue[asyncio.Future[None]] = FairQueue()
+        self._turns: FairQueue[_Turn] = FairQueue()
+        self.waiting_turns = 0
+        """Uploads that wait for a turn."""
 
     @property
     def waiting(self) -> int:
         """Whole blobs that wait for room."""
         return len(self._whole)
 
-    @property
-    def waiting_turns(self) -> int:
-        """Uploads that wait for a turn."""
-        return len(self._turns)
+    def waiting_blobs(self) -> frozenset[Digest]:
+        """Whole blobs that wait for room."""
+        return frozenset(self._whole)
+
+    def oldest(self) -> float | None:
+        """Since when, by the loop's clock, the oldest waits of what waits for room or a turn."""
+        times = [self._coming[digest][0].since for digest in self._whole.heads()]
+        times += [turn.since for turn in self._turns if not turn.come.done()]
+        return min(times, default=None)
 
     @property
     def storing(self) -> int:
@@ -79,13 +96,13 @@ class Gate:
 
     def add(self, client: Client, digest: Digest, data: bytes, settle: Settle) -> None:
         """Have a blob stored; `settle` is called when it is durable, or refused."""
-        self._wait(digest, _Bringer(client, data, settle))
+        self._wait(digest, _Bringer(client, data, settle, self._clock()))
 
     def join(self, client: Client, digest: Digest, settle: Settle) -> bool:
         """Have `settle` called when that blob is stored or refused, if it is on its way."""
         if digest not in self._coming:
             return False
-        self._wait(digest, _Bringer(client, None, settle))
+        self._wait(digest, _Bringer(client, None, settle, self._clock()))
         return True
 
     def _wait(self, digest: Digest, bringer: _Bringer) -> None:
@@ -133,15 +150,18 @@ class Gate:
         """Have one of the turns; waits for it, with so many bytes in memory."""
         mine = asyncio.get_running_loop().create_future()
         self.load.hold(client.connection, held)
-        self._turns.push(client.token, client.connection, mine)
+        self.waiting_turns += 1
+        self._turns.push(client.token, client.connection, _Turn(mine, self._clock()))
         try:
             self._pass_on()
-            await mine
+            with waiting_for(Reason.TURN):
+                await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled():
                 self._give_back()
             raise
         finally:
+            self.waiting_turns -= 1
             self.load.release(client.connection, held)
         try:
             yield
@@ -155,10 +175,10 @@ class Gate:
     def _pass_on(self) -> None:
         """Turns for those that wait: not while there is too much to store already, unless nobody has one."""
         while self._turns and self._free and (self._has_room or self._free == self._most):
-            following = self._turns.pop()
-            if not following.done():
+            come = self._turns.pop().come
+            if not come.done():
                 self._free -= 1
-                following.set_result(None)
+                come.set_result(None)
 
     def close(self) -> None:
         """Store what the store's threads has; what waits before it is given up."""

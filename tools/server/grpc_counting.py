@@ -110,6 +110,7 @@ class _Counted:
         self.authorization = call.authorization
         self.client = call.client
         self.connection = call.connection
+        self.note_blobs = call.note_blobs
         self.streaming = call.streaming
         self._call = call
         self._note = note

@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Set
 from functools import partial
 from itertools import count
 from struct import Struct
 from typing import Any, cast
 
+from store.digest import Digest
 from tools.http2.connection import Connection
 from tools.http2.frames import ErrorCode
 from tools.http2.hpack import Header
@@ -25,10 +26,12 @@ from tools.http2.stream import STREAM_WINDOW, TURN_WINDOW, Stream
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated.status_pb2 import Status
 from tools.server.calls import LATER, Answer, Endpoint
+from tools.server.calls_under_way import CallUnderWay
 from tools.server.errors import Exhausted, InvalidArgument, TooSlow
 from tools.server.http2_heads import HEADERS, OK, Head, Routes, read_timeout, trailers_of
 from tools.server.load import Load
 from tools.server.status import as_status
+from tools.server.waits import Reason, find_mark, find_place
 
 _PREFIX = Struct(">BI")
 _PREFIX_BYTES = 5
@@ -48,11 +51,14 @@ class _Call(Stream):
         "_start",
         "_waiter",
         "answering",
+        "blobs",
         "deadline",
         "heard",
         "held",
         "left",
         "message",
+        "moved",
+        "since",
         "size",
         "started",
         "task",
@@ -86,6 +92,10 @@ class _Call(Stream):
         the end of the answer to be taken."""
         self.left = 0
         """Bytes of that end, when it was looked at last."""
+        self.since = self.moved = owner.now
+        """When it began, and when it last went a step on."""
+        self.blobs: Collection[Digest] = ()
+        """What has to be in the store before it is answered."""
 
     # For endpoints.
 
@@ -108,6 +118,10 @@ class _Call(Stream):
     def fail(self, error: Exception) -> None:
         """Tell the client what went wrong; harmless where nobody waits any more."""
         self._owner.fail(self, error)
+
+    def note_blobs(self, blobs: Collection[Digest]) -> None:
+        """It will be answered when these are in the store."""
+        self.blobs = blobs
 
     def streaming(self, change: int) -> None:
         """It has its turn (1), or is done with it (-1): its connection is read, whatever waits there."""
@@ -154,6 +168,11 @@ class _Call(Stream):
             self._waiter = None
 
     # For the connection's calls.
+
+    @property
+    def waits(self) -> bool:
+        """For what its client sends or takes."""
+        return self._waiter is not None
 
     def wake(self) -> None:
         """What it waited for may be there."""
@@ -264,6 +283,8 @@ class ConnectionCalls:
         self.number = next(_numbers)
         """What tells connections apart, as long as the process lives."""
         self.loop = asyncio.get_running_loop()
+        self.now = self.loop.time()
+        """When it last had its turn."""
         self.paused: asyncio.Event | None = None
         """The socket takes no more; set when it does again."""
         self.streaming = 0
@@ -277,7 +298,8 @@ class ConnectionCalls:
     def work(self, seconds: float) -> bool:
         """Parse what has come, then begin calls, for about so long; whether there is more to do now."""
         clock = self.loop.time
-        end = clock() + seconds
+        self.now = now = clock()
+        end = now + seconds
         connection, whole = self.connection, self._whole
         parsing = connection.unparsed > 0
         while True:
@@ -305,6 +327,39 @@ class ConnectionCalls:
     def idle(self) -> bool:
         """Nothing is under way."""
         return not self.connection.streams and not self._tasks and not self._whole
+
+    @property
+    def oldest(self) -> float | None:
+        """Since when the first of the calls that can be begun waits, unless for the client to read its answers."""
+        return self._whole[0].moved if self._whole and self.paused is None else None
+
+    def under_way(self, waiting: Set[Digest]) -> Iterator[CallUnderWay]:
+        """The calls, and what each waits for; `waiting`: blobs for which the store's threads have no room."""
+        whole = set(map(id, self._whole))
+        for stream in self.connection.streams.values():
+            call = cast("_Call", stream)
+            endpoint = call.head.endpoint
+            method = "unknown" if endpoint is None else endpoint.method.name
+            reason, moved = self._find_reason(call, whole, waiting)
+            yield CallUnderWay(
+                (self.number, call.id), method, self.client, self.number, call.since, max(moved, call.moved), reason
+            )
+
+    def _find_reason(self, call: _Call, whole: Set[int], waiting: Set[Digest]) -> tuple[Reason, float]:
+        """What it waits for, and since when if that is known."""
+        if call.trailers is not None:
+            return Reason.CLIENT, call.heard
+        if not call.started:
+            return Reason.MESSAGE, call.heard
+        if id(call) in whole:
+            return Reason.LOOP if self.paused is None else Reason.CLIENT, 0.0
+        mark = find_mark(call.task) if call.task is not None else None
+        since = 0.0 if mark is None else mark.since
+        if call.waits:
+            return Reason.CLIENT if call.pending else Reason.MESSAGE, since
+        if mark is not None:
+            return mark.find_reason(waiting), since
+        return find_place(call.blobs, waiting) if call.blobs else Reason.EVENT, 0.0
 
     async def cancel(self) -> None:
         """End what is under way, and wait for that."""
@@ -373,6 +428,7 @@ class ConnectionCalls:
             call.heard = self.loop.time()
             return
         call.heard = 0.0
+        call.moved = self.now
         call.started = True
         call.held = call.size if call.message is None else len(call.message)
         self._load.hold(self.number, call.held)
@@ -391,6 +447,7 @@ class ConnectionCalls:
 
     def _begin(self, call: _Call) -> None:
         self._load.release(self.number, call.held)
+        call.moved = self.now
         endpoint = cast("Endpoint", call.head.endpoint)
         message, call.message = call.message, None
         if self.connection.streams.get(call.id) is not call and not (endpoint.keeps and call.held):

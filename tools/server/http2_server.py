@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import cast
 
+from store.digest import Digest
 from store.errors import StoreUnusable
 from tools.http2.frames import ErrorCode
 from tools.server.address import Address, listen
 from tools.server.calls import Endpoint
+from tools.server.calls_under_way import CallUnderWay
 from tools.server.http2_calls import ConnectionCalls
 from tools.server.http2_heads import Routes
 from tools.server.limits import GrpcLimits
@@ -97,6 +99,16 @@ class Http2Server:
                     await self._emptied.wait()
             except TimeoutError:
                 continue
+
+    def oldest(self) -> float | None:
+        """Since when, by the loop's clock, the oldest of the calls waits that can be begun."""
+        times = (connection.oldest for connection in self._connections)
+        return min((time for time in times if time is not None), default=None)
+
+    def under_way(self, waiting: Set[Digest]) -> Iterator[CallUnderWay]:
+        """All calls; `waiting`: blobs for which the store's threads have no room."""
+        for connection in self._connections:
+            yield from connection.under_way(waiting)
 
     def _note_lost(self) -> None:
         if not self._connections:
@@ -220,6 +232,15 @@ class _Connection(asyncio.BufferedProtocol):
         self._turns.add(self)
 
     # For the server.
+
+    @property
+    def oldest(self) -> float | None:
+        """Since when the oldest of its calls waits that can be begun."""
+        return self._calls.oldest
+
+    def under_way(self, waiting: Set[Digest]) -> Iterator[CallUnderWay]:
+        """Its calls."""
+        return self._calls.under_way(waiting)
 
     def say_goodbye(self, *, refuse: bool) -> None:
         """Ask for no more calls, and to be told when that was heard."""

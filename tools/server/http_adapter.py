@@ -50,6 +50,7 @@ from tools.server.sending import Sending
 from tools.server.status import as_status, faults
 from tools.server.storing import settle_future
 from tools.server.waiting import FETCH_THREADS, Waiting
+from tools.server.waits import Reason, waiting_for
 
 _SEND = 1 << 20
 """Bytes between two looks at the clock: who takes fewer in the idle time is too slow."""
@@ -282,7 +283,8 @@ class HttpAdapter:
             return
         done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._gate.add(client, digest, data, partial(settle_future, done))
-        refused = await done
+        with waiting_for(Reason.STORE, blobs=(digest,)):
+            refused = await done
         if refused is not None:
             raise refused
         self._cache.note(digest)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from store.repository import Store
 from tools.server.access import Access
+from tools.server.calls_under_way import CallsUnderWay
 from tools.server.gate import Gate
 from tools.server.grpc_counting import GrpcCounting, read_named
 from tools.server.http_adapter import HttpAdapter
@@ -45,8 +46,12 @@ class HttpParts:
         validate: bool,
         most: int,
         names: Collection[str] | None,
+        calls: CallsUnderWay,
     ) -> HttpServer:
-        """The server, which doesn't listen yet; `validate` and `most` as in `HttpCache`, `names` in `HttpAdapter`."""
+        """The server, which doesn't listen yet; `validate` and `most` as in `HttpCache`, `names` in `HttpAdapter`.
+
+        `calls`: it shows these, and its own requests are added to them.
+        """
         store = self._store
         cache = HttpCache(
             services.instances,
@@ -65,7 +70,9 @@ class HttpParts:
         )
         if services.scheduler is not None:
             self.metrics.watch_queue(services.scheduler.statistics)
-        pages = Pages(store, services.downloads, self._sizes, self.metrics, self._recent, services.scheduler)
+        pages = Pages(store, services.downloads, self._sizes, self.metrics, self._recent, services.scheduler, calls.ask)
         waiting = Waiting(limits.idle_seconds)
         adapter = HttpAdapter(cache, pages, access, waiting, gate, self.metrics, self._recent, names)
-        return HttpServer(adapter, limits, self._recent)
+        server = HttpServer(adapter, limits, self._recent)
+        calls.add(server.under_way)
+        return server

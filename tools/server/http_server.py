@@ -6,19 +6,25 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from itertools import count
+from typing import Any, NamedTuple, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
+from store.digest import Digest
+from store.errors import BadInput
 from tools.server.address import Address, listen
+from tools.server.calls_under_way import CallUnderWay
 from tools.server.http_adapter import HttpAdapter
+from tools.server.http_names import parse_cache_path
 from tools.server.recent import SAMPLE_SECONDS, Recent
 from tools.server.status import faults
+from tools.server.waits import Reason, find_mark
 
 
 def _fold(record: logging.LogRecord) -> bool:
@@ -33,6 +39,8 @@ def _fold(record: logging.LogRecord) -> bool:
 _log = logging.getLogger("casfs.http")
 _log.addFilter(_fold)
 _BACKLOG = 1024
+_numbers = count(1)
+"""What tells connections apart, and requests."""
 _READ_BYTES = 256 << 10
 _LINGER_SECONDS = 2.0
 """How long a body is read on that was refused, so that its client gets to see why."""
@@ -67,11 +75,12 @@ class HttpLimits:
 class _Connection(RequestHandler):
     """One that ends if its first request doesn't come; aiohttp itself only looks after those between requests."""
 
-    __slots__ = ("asked", "patience")
+    __slots__ = ("asked", "number", "patience")
 
     def __init__(self, manager: web.Server, patience: float, **options: Any) -> None:
         super().__init__(manager, **options)
         self.asked = False
+        self.number = next(_numbers)
         self.patience = patience
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -100,6 +109,23 @@ class _Server(web.Server):
         return _Connection(self, self._limits.idle_seconds, loop=loop, **self._limits.options())
 
 
+class _Request(NamedTuple):
+    """One that is under way, the task that answers it, when it began."""
+
+    request: web.BaseRequest
+    task: asyncio.Task[Any] | None
+    since: float
+
+
+def _kind(request: web.BaseRequest) -> str:
+    """What it is about, in a word."""
+    try:
+        name = parse_cache_path(request.raw_path.partition("?")[0])
+    except BadInput:
+        return "other"
+    return "page" if name is None else name.kind.value
+
+
 _Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
@@ -111,23 +137,37 @@ class HttpServer:
         self._recent = recent
         self._runner = web.ServerRunner(_Server(self._handle, limits), shutdown_timeout=_LINGER_SECONDS)
         self._sampling: asyncio.Task[None] | None = None
-        self._busy = 0
+        self._requests: dict[int, _Request] = {}
         self._idle = asyncio.Event()
         self._draining = False
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         cast("_Connection", request.protocol).asked = True
-        self._busy += 1
+        now = asyncio.get_running_loop().time()
+        number = next(_numbers)
+        self._requests[number] = _Request(request, asyncio.current_task(), now)
         self._idle.clear()
         try:
             response = await self._adapter.handle(request)
         finally:
-            self._busy -= 1
-            if not self._busy:
+            del self._requests[number]
+            if not self._requests:
                 self._idle.set()
         if self._draining:
             response.force_close()
         return response
+
+    def under_way(self, waiting: Set[Digest]) -> Iterator[CallUnderWay]:
+        """All requests; `waiting`: blobs for which the store's threads have no room."""
+        for number, (request, task, since) in self._requests.items():
+            mark = find_mark(task)
+            reason = Reason.EVENT if mark is None else mark.find_reason(waiting)
+            if reason is Reason.CLIENT and request.method == "PUT":
+                reason = Reason.MESSAGE
+            connection = cast("_Connection", request.protocol).number
+            method = f"HTTP {request.method[:20]} {_kind(request)}"
+            moved = since if mark is None else mark.since
+            yield CallUnderWay(("http", number), method, request.remote or "", connection, since, moved, reason)
 
     async def start(self, address: Address, tls: ssl.SSLContext | None) -> None:
         """Answer requests there from now on. Raises OSError."""
@@ -154,7 +194,7 @@ class HttpServer:
         for site in self._runner.sites:
             await site.stop()
         # Not left to the runner: from the moment on that it is told to end, aiohttp takes no more of any body.
-        if self._busy:
+        if self._requests:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await self._idle.wait()

@@ -33,6 +33,8 @@ class Load:
         self._bytes_most = bytes_most
         self._own: Counter[Hashable] = Counter()
         self._left: dict[Hashable, Callable[[], object]] = {}
+        self.was_full = False
+        """A connection was not read on, since this was last set back."""
 
     @property
     def is_full(self) -> bool:
@@ -71,6 +73,7 @@ class Load:
         if not self.is_full or self._own[owner] < _OWN_LEAST:
             return False
         self._left.setdefault(owner, again)
+        self.was_full = True
         return True
 
     def forget(self, owner: Hashable) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from store.blobs import total_bytes
 from store.gc import unindexed_bytes
+from tools.server.overload import Pressure
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -26,10 +27,19 @@ if TYPE_CHECKING:
     from store.gc import Collected
     from store.repository import Store
     from tools.server.address import Address
+    from tools.server.overload import Overload
     from tools.worker.report import Report
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_WAITING = {
+    "calls": ("casfs_waiting_calls", "Calls, and blobs of calls, that wait for their turn."),
+    "bytes": ("casfs_waiting_bytes", "Their bytes."),
+    "uploads": ("casfs_waiting_uploads", "Uploads that wait for a turn."),
+    "storing": ("casfs_storing_blobs", "Small blobs that the store's threads have."),
+    "unread": ("casfs_unread_connections", "Connections that are not read, as too much waits."),
+}
+"""Gauges for the fields of a `Pressure`."""
 _PEAKS = ("memory_bytes",)
 """Numbers of an action whose sum means nothing."""
 
@@ -114,6 +124,14 @@ class Metrics:
             ("what",),
             registry=own,
         )
+        self._waiting = {
+            name: Gauge(*about, registry=own, multiprocess_mode="livesum") for name, about in _WAITING.items()
+        }
+        self._overloaded = Gauge(
+            "casfs_overloaded", "1 while the server is overloaded.", registry=own, multiprocess_mode="livemax"
+        )
+        self._overloads = Counter("casfs_overloads", "How often that began.", registry=own)
+        self._overload: Overload | None = None
         self._registry.register(_Sizes(sizes))
 
     def note_request(self, transport: str, method: str, status: str, seconds: float) -> None:
@@ -152,6 +170,33 @@ class Metrics:
             if name not in _PEAKS and number > 0:
                 self._numbers.labels(name).inc(number)
 
+    def note_overload(self) -> None:
+        """An overload began."""
+        self._overloads.inc()
+
+    def watch_overload(self, overload: Overload) -> None:
+        """Show what waits, too."""
+        self._overload = overload
+
+    def refresh(self) -> None:
+        """Take down what waits in this process: when somebody asks, and now and then for those who ask another one."""
+        if self._overload is not None:
+            for name, number in self._overload.pressure()._asdict().items():
+                self._waiting[name].set(number)
+            self._overloaded.set(self._overload.is_on)
+
+    def waiting(self) -> tuple[Pressure, bool]:
+        """What waits, in all processes, and whether one of them is overloaded."""
+        self.refresh()
+        found = {
+            sample.name: sample.value
+            for metric in self._registry.collect()
+            for sample in metric.samples
+            if not sample.labels
+        }
+        numbers = {name: int(found.get(_WAITING[name][0], 0)) for name in Pressure._fields}
+        return Pressure(**numbers), bool(found.get("casfs_overloaded", 0))
+
     def watch_queue(self, statistics: Callable[[], Mapping[str, int]]) -> None:
         """Show how many executions there are, too."""
         self._registry.register(_Executions(statistics))
@@ -174,6 +219,7 @@ class Metrics:
         """The text that Prometheus reads, and its content type."""
         from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+        self.refresh()
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     def serve(self, address: Address) -> tuple[int, Callable[[], None]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, urlencode
@@ -27,9 +27,18 @@ from store.trees import find_directory, list_entries
 from tools.output import count, format_size
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.server import plot
-from tools.server.action_pages import ACTION_HEAD, RUNNING_HEAD, action_row, report_details, running_row
+from tools.server.action_pages import (
+    ACTION_HEAD,
+    CALLS_HEAD,
+    RUNNING_HEAD,
+    action_row,
+    calls_row,
+    report_details,
+    running_row,
+)
+from tools.server.calls_under_way import LINES_MOST, Group, count_rest
 from tools.server.downloads import Downloads
-from tools.server.errors import InvalidArgument, NotThere
+from tools.server.errors import InvalidArgument, NotThere, Unavailable
 from tools.server.http_names import page_path, parse_page_path
 from tools.server.markup import Child, Markup, join, table, tag
 from tools.server.metrics import Metrics, Sizes
@@ -64,8 +73,10 @@ class Pages:
         metrics: Metrics,
         recent: Recent,
         scheduler: Scheduler | None = None,
+        list_calls: Callable[[], Sequence[Group]] = tuple,
     ) -> None:
-        """`scheduler`: of the actions that are run here, if any are."""
+        """`scheduler`: of the actions that are run here, if any are. `list_calls` waits for the loop."""
+        self._list_calls = list_calls
         self._scheduler = scheduler
         self._store = store
         self._downloads = downloads
@@ -77,6 +88,8 @@ class Pages:
         """The page at a path (as in the request, without the query). Raises NotThere, BadDigest, MissingBlob."""
         if path == "/":
             return self._overview()
+        if path == "/calls":
+            return self._calls()
         name = parse_page_path(path)
         if name is None:
             raise NotThere(f"there is no page {path[:80]!r}")
@@ -94,6 +107,7 @@ class Pages:
             "casfs",
             join(
                 self._numbers(),
+                self._waiting(),
                 tag("h2", "Hit rate, the last hour"),
                 plot.draw(minutes),
                 _key(),
@@ -133,6 +147,30 @@ class Pages:
             _number("Store", format_size(sizes.used), limit),
             _number("Hit rate", rate, f"{count(int(total), 'lookup')} since the start"),
             _number("Free on its disk", format_size(free)),
+        )
+
+    def _waiting(self) -> Markup:
+        pressure, overloaded = self._metrics.waiting()
+        link = _link("/calls", "Calls under way")
+        if not overloaded and not any(pressure):
+            return tag("p", link)
+        storing = f"{count(pressure.storing, 'blob')} {'is' if pressure.storing == 1 else 'are'} being stored"
+        return tag("p", "Overloaded: " if overloaded else "", f"{pressure}, {storing}. ", link)
+
+    def _calls(self) -> Page:
+        try:
+            groups = self._list_calls()
+        except TimeoutError:
+            raise Unavailable("the event loop doesn't answer; SIGUSR1 has its threads written to the log") from None
+        rest = count_rest(groups, LINES_MOST)
+        return _page(
+            "Calls",
+            join(
+                tag("h2", "Calls under way"),
+                tag("p", f"Of process {os.getpid()}, the oldest first; times in seconds."),
+                table(CALLS_HEAD, map(calls_row, groups[:LINES_MOST]), "None."),
+                tag("p", f"and {count(rest, 'call')} more", class_="note") if rest else None,
+            ),
         )
 
     def _manifests(self) -> Markup:

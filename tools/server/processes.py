@@ -55,7 +55,7 @@ def supervise(count: int, run: Run, seconds: float, announce: Callable[[], None]
         send(signal.SIGKILL)
 
     # Until there is somebody to hear them; each process lets them come again when it is ready for them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
     readable, writable = os.pipe()
     parent = os.getpid()
     for _ in range(count):
@@ -68,6 +68,7 @@ def supervise(count: int, run: Run, seconds: float, announce: Callable[[], None]
     with Ending(
         Step(stop, seconds + _LATE_SECONDS),
         reload=lambda: send(signal.SIGHUP),
+        report=lambda: send(signal.SIGUSR1),
         last=kill,
         describe=lambda: f"{len(children)} of {count} processes",
     ) as ending:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,10 +22,12 @@ from store.repository import SourceOptions, Store
 from store.sessions import Session
 from tools.exits import Exit
 from tools.server.address import Address, check_plain, reserve
+from tools.server.calls_under_way import CallsUnderWay
 from tools.server.ending import GRACE_SECONDS, Ending, Step
 from tools.server.fault_log import FaultLog
 from tools.server.guards import Guards
 from tools.server.notify import READY, STOPPING, notify
+from tools.server.overload import LOOK_SECONDS, Overload
 from tools.server.processes import say, supervise
 from tools.server.services import ServiceOptions, Services
 from tools.server.status import faults
@@ -83,6 +85,7 @@ class ServeOptions:
     http: HttpOptions = field(default_factory=HttpOptions)
     worker: WorkerOptions | None = None
     """Actions are run, too."""
+    log_level: str = "info"
     announce: Callable[[str], None] = field(default=print, compare=False)
 
     def check(self) -> None:
@@ -107,7 +110,8 @@ def serve(options: ServeOptions) -> int:
     """Serve until SIGTERM or SIGINT; what is under way then is finished, until the drain time is over.
 
     Returns an exit code, unless the process had to be ended as it was: after a second signal, or where something hung
-    (see `Ending`). SIGHUP has tokens and certificates read again. A service manager is told, if there is one.
+    (see `Ending`). SIGHUP has tokens and certificates read again, SIGUSR1 has the calls that are under way written to
+    the log. A service manager is told, if there is one.
     """
     options.check()
     with ExitStack() as stack:
@@ -208,6 +212,8 @@ def _run(
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(call)
 
+    calls = CallsUnderWay(loop)
+
     def gone(fault: str) -> None:
         tell_person(_gone(fault))
         ending.begin(Exit.STORE, fault)
@@ -216,12 +222,13 @@ def _run(
         Ending(
             Step(lambda: tell(stop.set), options.drain_seconds + GRACE_SECONDS),
             reload=lambda: tell(guards.reload),
+            report=calls.report,
             insist=insist,
         ) as ending,
         runner,
     ):
         watch.start(gone)
-        runner.run(_serve(options, announce, guards, guard, stop, ending))
+        runner.run(_serve(options, announce, guards, guard, stop, ending, calls))
     return ending.code
 
 
@@ -232,6 +239,7 @@ async def _serve(
     guard: Guard | None,
     stop: asyncio.Event,
     ending: Ending,
+    calls: CallsUnderWay,
 ) -> None:
     """Open all, serve until `stop` is set, drain, close all."""
     _keep_memory()
@@ -242,7 +250,7 @@ async def _serve(
         sources = replace(sources, remote=partial(parts, upstream))
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(options.store, sources=sources))
-        stack.enter_context(logging_to(store.layout.log))
+        stack.enter_context(logging_to(store.layout.log, getattr(logging, options.log_level.upper())))
         stack.callback(faults.flush)
         stack.callback(_loop_faults.flush)
         http = None
@@ -255,7 +263,7 @@ async def _serve(
         services = stack.enter_context(Services(store, options.services, upstream, *told))
         reports = () if http is None else http.reports
         stop_work = stack.enter_context(_working(options, services, guard, reports))
-        async with _serving(options, services, guards, http, ending):
+        async with _serving(options, services, guards, http, ending, calls):
             announce()
             await stop.wait()
             notify(STOPPING)
@@ -288,23 +296,50 @@ def _working(
 
 @asynccontextmanager
 async def _serving(
-    options: ServeOptions, services: Services, guards: Guards, http: HttpParts | None, ending: Ending
+    options: ServeOptions,
+    services: Services,
+    guards: Guards,
+    http: HttpParts | None,
+    ending: Ending,
+    calls: CallsUnderWay,
 ) -> AsyncIterator[None]:
-    """Take calls; at the end drain, all transports in the same time."""
+    """Take calls, and watch them; at the end drain, all transports in the same time."""
     seconds = options.drain_seconds
     grpc = _make_grpc(options, services, guards, http)
+    calls.add(grpc.under_way)
+    calls.watch_gate(grpc.gate.waiting_blobs)
+    if http is None:
+        overload = Overload(grpc)
+        looks: list[Callable[[], object]] = [overload.look, calls.look]
+    else:
+        overload = Overload(grpc, http.metrics.note_overload)
+        http.metrics.watch_overload(overload)
+        looks = [overload.look, calls.look, http.metrics.refresh]
+    looking = asyncio.create_task(_look(looks))
     drains: list[Callable[[], Awaitable[None]]] = [lambda: grpc.drain(seconds)]
     try:
         await grpc.start(options.address, guards.certificates)
         if http is not None and options.http_address is not None:
-            web = _make_http(options, options.http_address, services, guards, http, grpc.gate)
+            web = _make_http(options, options.http_address, services, guards, http, grpc.gate, calls)
             drains.append(lambda: web.drain(seconds, ending.reason or "the server ends"))
             certificates = guards.certificates
             await web.start(options.http_address, None if certificates is None else certificates.context())
         yield
     finally:
         await asyncio.gather(*(drain() for drain in drains))
+        looking.cancel()
+        overload.end()
         grpc.close()
+
+
+async def _look(looks: Iterable[Callable[[], object]]) -> None:
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        for look in looks:
+            try:
+                look()
+            except Exception as error:  # noqa: BLE001 - watching must not end with one mistake
+                faults.note(error, "looking after the calls failed")
 
 
 def _make_grpc(options: ServeOptions, services: Services, guards: Guards, http: HttpParts | None) -> GrpcServer:
@@ -322,10 +357,18 @@ def _make_grpc(options: ServeOptions, services: Services, guards: Guards, http: 
 
 
 def _make_http(
-    options: ServeOptions, address: Address, services: Services, guards: Guards, parts: HttpParts, gate: Gate
+    options: ServeOptions,
+    address: Address,
+    services: Services,
+    guards: Guards,
+    parts: HttpParts,
+    gate: Gate,
+    calls: CallsUnderWay,
 ) -> HttpServer:
     from tools.server.http_server import HttpLimits
 
     limits, http = HttpLimits(idle_seconds=options.idle_seconds), options.http
     names = http.names if http.names or address.is_loopback else None
-    return parts.make_server(services, guards, limits, gate, validate=http.validate, most=http.most, names=names)
+    return parts.make_server(
+        services, guards, limits, gate, validate=http.validate, most=http.most, names=names, calls=calls
+    )

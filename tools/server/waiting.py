@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from tools.server.errors import TooSlow
+from tools.server.waits import Reason, waiting_for
 
 _THREADS = 32
 """They wait for disks, not for the interpreter."""
@@ -31,9 +32,11 @@ class Waiting:
     ) -> _T:
         """Call it in a thread. What comes back when nobody waits any more is `dropped`."""
         # Shielded: a thread can't be stopped, and what it works on must not be closed under it.
-        future = asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+        work = self._pool.submit(call, *arguments)
+        future = asyncio.wrap_future(work)
         try:
-            return await asyncio.shield(future)
+            with waiting_for(Reason.THREAD, work=work):
+                return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait([future])
             if not future.cancelled() and future.exception() is None:
@@ -44,7 +47,8 @@ class Waiting:
         """Wait for a client. Raises TooSlow."""
         try:
             async with asyncio.timeout(self.idle_seconds):
-                return await step
+                with waiting_for(Reason.CLIENT):
+                    return await step
         except TimeoutError:
             raise TooSlow(f"no progress in {self.idle_seconds:g} s") from None
 
