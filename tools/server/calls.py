@@ -35,7 +35,7 @@ from tools.server.gate import Client, Gate
 from tools.server.scheduler import Execution
 from tools.server.services import Services
 from tools.server.storing import settle_future
-from tools.server.waiting import FETCH_THREADS, Waiting
+from tools.server.waiting import FETCH_THREADS, LOOK_THREADS, Waiting
 from tools.server.waits import Reason, waiting_for
 
 _QUICK_SECONDS = 0.1
@@ -139,18 +139,25 @@ class Calls:
         """`idle_seconds`: how long a client may make no progress."""
         self._waiting = Waiting(idle_seconds)
         self._fetching = Waiting(idle_seconds, FETCH_THREADS)
+        # Of their own: who asks what is here doesn't wait behind those who wait for a slow source.
+        self._looking = Waiting(idle_seconds, LOOK_THREADS)
         self._gate = gate
         self._cas = services.cas
         self._stream = services.bytestream
         cas, actions = services.cas, services.actions
         endpoints = [
             self._quick(methods.GET_CAPABILITIES, lambda request, may_wait: services.capabilities.get(request)),
-            self._quick(methods.GET_ACTION_RESULT, lambda request, may_wait: actions.get(request, may_wait=may_wait)),
+            self._quick(
+                methods.GET_ACTION_RESULT,
+                lambda request, may_wait: actions.get(request, may_wait=may_wait),
+                pool=self._looking,
+            ),
             self._slow(methods.UPDATE_ACTION_RESULT, actions.update),
             self._quick(
                 methods.FIND_MISSING_BLOBS,
                 lambda question, may_wait: cas.find_missing(question, may_wait=may_wait),
                 read=cas.read_question,
+                pool=self._looking,
             ),
             self._quick(methods.BATCH_READ_BLOBS, lambda request, may_wait: cas.batch_read(request, may_wait=may_wait)),
             Endpoint(methods.BATCH_UPDATE_BLOBS, self._batch_update, keeps=True),
@@ -178,6 +185,7 @@ class Calls:
         """End the threads, when they have done what they are at."""
         self._waiting.close()
         self._fetching.close()
+        self._looking.close()
 
     # How a kind of method is called.
 
@@ -186,9 +194,14 @@ class Calls:
         method: Method,
         call: Callable[[Any, bool], Message | bytes],
         read: Callable[[bytes], object] | None = None,
+        pool: Waiting | None = None,
     ) -> Endpoint:
-        """`read` makes of a message what the service takes: by default that message."""
+        """`read` makes of a message what the service takes: by default that message.
+
+        `pool`: whose threads call it where it would wait; by default those that may wait for sources.
+        """
         parse = read or method.request.FromString
+        threads = pool or self._fetching
 
         def begin(raw: bytes, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
             request = parse(raw)
@@ -198,7 +211,7 @@ class Calls:
                 return later(request)
 
         async def later(request: object) -> bytes:
-            return _serialize(await self._fetching.in_thread(call, request, True))
+            return _serialize(await threads.in_thread(call, request, True))
 
         return Endpoint(method, begin)
 

@@ -13,6 +13,8 @@ from tools.server.waits import Reason, waiting_for
 _THREADS = 32
 """They wait for disks, not for the interpreter."""
 
+LOOK_THREADS = 16
+"""They look at many files each, or ask an upstream what it has."""
 FETCH_THREADS = 64
 """They may wait for sources too, which can be slow or dead: others' uploads and downloads don't wait behind these."""
 
