@@ -27,6 +27,7 @@ from store.digest import Digest
 from store.errors import DigestMismatch, StoreUnusable
 from tools.server.fair import FairQueue
 from tools.server.load import Load
+from tools.server.status import faults
 from tools.server.storing import Settle, Store, Storing, Whole
 from tools.server.waits import Reason, waiting_for
 
@@ -91,7 +92,7 @@ class Gate:
 
     @property
     def storing(self) -> int:
-        """Blobs that the store's threads has."""
+        """Blobs that the store's threads have."""
         return self._storing.blobs
 
     def add(self, client: Client, digest: Digest, data: bytes, settle: Settle) -> None:
@@ -140,10 +141,10 @@ class Gate:
                 self._coming[digest] = [following, *others]
                 self._whole.push(following.client.token, following.client.connection, digest)
                 others = []
-        first.settle(refused)
+        _tell(first, refused)
         for bringer in others:
             self.load.release(bringer.client.connection, len(bringer.data or b""))
-            bringer.settle(refused)
+            _tell(bringer, refused)
 
     @asynccontextmanager
     async def turn(self, client: Client, held: int = 0) -> AsyncIterator[None]:
@@ -181,11 +182,18 @@ class Gate:
                 come.set_result(None)
 
     def close(self) -> None:
-        """Store what the store's threads has; what waits before it is given up."""
+        """Store what the store's threads have; what waits before it is given up."""
         self._storing.close()
         ending = StoreUnusable("this server is ending")
         while self._whole:
             digest = self._whole.pop()
             for bringer in self._coming.pop(digest, ()):
                 self.load.release(bringer.client.connection, len(bringer.data or b""))
-                bringer.settle(ending)
+                _tell(bringer, ending)
+
+
+def _tell(bringer: _Bringer, refused: Exception | None) -> None:
+    try:
+        bringer.settle(refused)
+    except Exception as error:  # noqa: BLE001 - the others of its group have to be told, too
+        faults.note(error, "telling what became of an upload")
