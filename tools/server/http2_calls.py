@@ -350,7 +350,9 @@ class ConnectionCalls:
         if call.trailers is not None:
             return Reason.CLIENT, call.heard
         if not call.started:
-            return Reason.MESSAGE, call.heard
+            # What the client sent may be here, or in the socket, where the connection is not read on.
+            unparsed = self.connection.unparsed and not self.connection.hungry
+            return Reason.LOOP if unparsed else Reason.MESSAGE, call.heard
         if id(call) in whole:
             return Reason.LOOP if self.paused is None else Reason.CLIENT, 0.0
         mark = find_mark(call.task) if call.task is not None else None
