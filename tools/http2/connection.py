@@ -397,6 +397,10 @@ class Connection:
             self._note_gone(stream.id)
             self.out.send(frames.rst_stream(stream.id, code))
 
+    def ask_for_streams(self, most: int) -> None:
+        """Ask the peer to have so many at a time; more are taken all the same, as far as they ever were."""
+        self.out.send(frames.settings({frames.MAX_CONCURRENT_STREAMS: min(most, self._streams_most)}))
+
     def ping(self) -> None:
         """Ask the peer for a sign of life."""
         self.out.send(frames.frame(frames.PING, 0, 0, bytes(8)))

@@ -29,7 +29,7 @@ from tools.server.calls import LATER, Answer, Endpoint
 from tools.server.calls_under_way import CallUnderWay
 from tools.server.errors import Exhausted, InvalidArgument, TooSlow
 from tools.server.http2_heads import HEADERS, OK, Head, Routes, read_timeout, trailers_of
-from tools.server.load import Load
+from tools.server.load import FEW_STREAMS, Load
 from tools.server.status import as_status
 from tools.server.waits import Reason, find_mark, find_place
 
@@ -308,12 +308,20 @@ class ConnectionCalls:
                     parsing = connection.parse(_PARSE_BYTES)
                 else:
                     parsing = False
+                    self._restrain()
             elif whole and self.paused is None:
                 self._begin(whole.popleft())
             else:
                 return False
             if clock() >= end:
                 return parsing or (bool(whole) and self.paused is None)
+
+    def _restrain(self) -> None:
+        if self._load.restrain(self.number, self._relax):
+            self.connection.ask_for_streams(len(self._tasks) + FEW_STREAMS)
+
+    def _relax(self) -> None:
+        self.connection.ask_for_streams(self.routes.limits.streams)
 
     def end(self) -> None:
         """The connection is over: what waits to be begun isn't, but what is whole of an upload."""

@@ -268,6 +268,7 @@ class _Connection(asyncio.BufferedProtocol):
         idle = self._routes.limits.idle_seconds
         self._connection.calm_down()
         self._calls.drop_silent()
+        self._load.ease(self._calls.number)
         if self._calls.paused is not None:
             if now - self._paused_since > idle:
                 self._transport.abort()

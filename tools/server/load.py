@@ -12,13 +12,15 @@ Used in the loop's thread.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 
 _CALLS_MOST = 4_000
 _BYTES_MOST = 24 << 20
 _OWN_LEAST = 2
 """Calls that a connection may have waiting, however much there is."""
+FEW_STREAMS = _OWN_LEAST
+"""That a connection which isn't read on may have, beside those that are being answered."""
 _AT_A_TIME = 16
 """Calls that a connection is likely to bring when it is read on."""
 
@@ -35,6 +37,7 @@ class Load:
         self._left: dict[Hashable, Callable[[], object]] = {}
         self.was_full = False
         """A connection was not read on, since this was last set back."""
+        self._restrained: OrderedDict[Hashable, Callable[[], object]] = OrderedDict()
 
     @property
     def is_full(self) -> bool:
@@ -67,6 +70,9 @@ class Load:
             del self._own[owner]
         if self._left:
             self._read_on()
+        if self._restrained and not self.calls:
+            # Who is restrained may have left this server without work. One at a time: what it holds back comes at once.
+            self._restrained.popitem(last=False)[1]()
 
     def leave(self, owner: Hashable, again: Callable[[], object]) -> bool:
         """Whether `owner` shouldn't be read on for now; `again` is called when it should."""
@@ -76,9 +82,22 @@ class Load:
         self.was_full = True
         return True
 
+    def restrain(self, owner: Hashable, relax: Callable[[], object]) -> bool:
+        """Whether `owner` is to ask for few streams; `relax` is called once when that is over."""
+        if owner in self._restrained:
+            return False
+        self._restrained[owner] = relax
+        return True
+
+    def ease(self, owner: Hashable) -> None:
+        """Some time has passed: if `owner` has nothing waiting here, it needn't be restrained."""
+        if owner in self._restrained and not self._own[owner]:
+            self._restrained.pop(owner)()
+
     def forget(self, owner: Hashable) -> None:
         """It is gone; what it has waiting is released all the same."""
         self._left.pop(owner, None)
+        self._restrained.pop(owner, None)
 
     def _read_on(self) -> None:
         room: float = self._calls_most - self._calls_most // 10 - self.calls

@@ -25,11 +25,10 @@ from typing import Any, Protocol
 
 SLICE_SECONDS = 0.001
 _SLICE_LEAST = 0.0002
-_AHEAD_MOST = 4 * SLICE_SECONDS
-"""That a connection counts as having used more than those that wait."""
+_AHEAD_MOST = 10 * SLICE_SECONDS
+"""That a connection counts as having used more than those that wait, and that it is charged for one turn."""
 _ROUND_SECONDS = 0.1
 """In which all that wait should have had their turn: slices are shorter where there are many."""
-_CHARGED_MOST = 10 * SLICE_SECONDS
 _HEAVY_EVERY = 4
 """One turn of so many is for who has much under way."""
 _LOOK_SECONDS = 0.004
@@ -56,6 +55,19 @@ class Worker(Protocol):
         ...
 
 
+class _Line:
+    """Those that wait, of one kind; each kind's use is a measure of its own, since they get unlike shares."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[float, int, Worker]] = []
+        self.floor = 0.0
+        """What whoever had the last turn had used before it; only grows."""
+
+    def let_in(self, worker: Worker) -> None:
+        """Have it count as having used no less than those that wait, nor much more: it may come of the other line."""
+        worker.used = min(max(worker.used, self.floor), self.floor + _AHEAD_MOST)
+
+
 class Turns:
     """Of one loop."""
 
@@ -66,12 +78,10 @@ class Turns:
     ) -> None:
         self._clock = clock
         self._call_soon = call_soon
-        self._light: list[tuple[float, int, Worker]] = []
-        self._heavy: list[tuple[float, int, Worker]] = []
+        self._light = _Line()
+        self._heavy = _Line()
         self._turn = 0
         self._numbers = count()
-        self._floor = 0.0
-        """What whoever had the last turn had used before it; only grows."""
         self._scheduled = False
         self._working = False
         self._spent = 0.0
@@ -79,30 +89,33 @@ class Turns:
 
     def __len__(self) -> int:
         """Those that wait for their turn."""
-        return len(self._light) + len(self._heavy)
+        return len(self._light.waiting) + len(self._heavy.waiting)
 
     def add(self, worker: Worker) -> None:
         """It has something to do: at once, where nobody waits or works."""
         if worker.queued:
             return
+        line = self._line_of(worker)
         if worker.used < 0:
-            worker.used = self._floor + SLICE_SECONDS
-        else:
-            worker.used = min(max(worker.used, self._floor), self._floor + _AHEAD_MOST)
+            worker.used = line.floor + SLICE_SECONDS
         # Whom another's work adds waits: done at once, it would add the next one, in frames that have no end.
-        if not self._light and not self._heavy and not self._working:
+        if not len(self) and not self._working:
             now = self._clock()
             if now - self._ended > _PAUSE_SECONDS:
                 self._spent = 0.0
             if self._spent < _AT_ONCE_SECONDS:
                 # It competes with nobody: what it has used is what others are compared with.
-                self._floor = max(self._floor, worker.used)
+                line.let_in(worker)
+                line.floor = worker.used
                 more = self._have_worked(worker, SLICE_SECONDS)
                 self._ended = self._clock()
                 self._spent += self._ended - now
                 if not more:
                     return
         self._wait(worker)
+
+    def _line_of(self, worker: Worker) -> _Line:
+        return self._light if worker.is_light else self._heavy
 
     def _have_worked(self, worker: Worker, seconds: float) -> bool:
         began = self._clock()
@@ -111,25 +124,27 @@ class Turns:
         self._working = False
         # By the clock, and no more than so much: an interruption mustn't be paid for by whoever it happened to, and
         # asking for the CPU's time takes as long as much of what is measured.
-        worker.used += min(self._clock() - began, _CHARGED_MOST)
+        worker.used += min(self._clock() - began, _AHEAD_MOST)
         return more and not worker.queued
 
     def _wait(self, worker: Worker) -> None:
+        line = self._line_of(worker)
+        line.let_in(worker)
         worker.queued = True
-        heappush(self._light if worker.is_light else self._heavy, (worker.used, next(self._numbers), worker))
+        heappush(line.waiting, (worker.used, next(self._numbers), worker))
         if not self._scheduled:
             self._scheduled = True
             self._call_soon(self._run)
 
     def _run(self) -> None:
         self._scheduled = False
-        light, heavy = self._light, self._heavy
+        light, heavy = self._light.waiting, self._heavy.waiting
         seconds = min(SLICE_SECONDS, max(_SLICE_LEAST, _ROUND_SECONDS / (len(self) or 1)))
         end = self._clock() + _LOOK_SECONDS
         while light or heavy:
             self._turn += 1
-            used, _, worker = heappop(heavy if heavy and (not light or not self._turn % _HEAVY_EVERY) else light)
-            self._floor = max(self._floor, used)
+            line = self._heavy if heavy and (not light or not self._turn % _HEAVY_EVERY) else self._light
+            line.floor, _, worker = heappop(line.waiting)
             worker.queued = False
             if self._have_worked(worker, seconds):
                 self._wait(worker)
