@@ -166,7 +166,7 @@ def check(schedule: list[Any]) -> None:
 
 
 @given(some.lists(events, min_size=20, max_size=80))
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_any_schedule_ends_with_everybody_told_and_nothing_left(schedule: list[Any]) -> None:
     check(schedule)
 
