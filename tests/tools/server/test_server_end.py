@@ -31,7 +31,7 @@ from tests.tools.worker.conftest import executing, live_processes, remote_of
 from tools.exits import Exit
 
 SHORT = ("--drain-timeout", "1s")
-LARGE = bytes(100_000)
+LARGE = bytes(400_000)
 """An upload of it has a file of its own; small ones are gathered in memory."""
 LONG = ("--drain-timeout", "200s")
 """A server that waits for it has failed the test."""

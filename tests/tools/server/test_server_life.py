@@ -83,7 +83,7 @@ def test_sigint_ends_it_too(casfs: Casfs) -> None:
 
 
 def test_a_call_that_is_on_is_finished_before_the_end(casfs: Casfs) -> None:
-    data = random.Random(1).randbytes(100_000)
+    data = random.Random(1).randbytes(400_000)
     digest = SHA256.of(data)
     with running(casfs) as server, connected(server) as client:
         name = str(ResourceName("", digest, upload="slow"))
@@ -264,7 +264,7 @@ def test_a_message_that_is_too_large_is_refused(casfs: Casfs) -> None:
 
 def test_so_many_large_uploads_are_taken_at_a_time_and_the_next_waits_for_its_turn(casfs: Casfs) -> None:
     with running(casfs, "--max-uploads", "3", "--idle-timeout", "10s") as server, connected(server) as client:
-        blobs = [b"upload %d" % number + bytes(100_000) for number in range(4)]
+        blobs = [b"upload %d" % number + bytes(400_000) for number in range(4)]
         digests = list(map(SHA256.of, blobs))
         calls = [open_upload(client, digest, b"up", f"u{n}") for n, digest in enumerate(digests[:3])]
         wait_for(lambda: len(files_in_tmp(casfs)) == 3)
@@ -310,7 +310,7 @@ def test_a_client_that_takes_nothing_for_long_is_given_up(casfs: Casfs) -> None:
 
 
 def test_a_client_that_vanishes_in_mid_upload_can_come_back(casfs: Casfs) -> None:
-    data = b"0123456789" * 10_000
+    data = b"0123456789" * 40_000
     digest = SHA256.of(data)
     with running(casfs) as server:
         with connected(server) as client:
