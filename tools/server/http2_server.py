@@ -139,6 +139,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._turns = turns
         self._load = load
         self._reading = True
+        self._unparsed = 0
+        """Bytes that `Load` knows of."""
         self._routes = routes
         self._all = connections
         self._lost = lost
@@ -195,6 +197,9 @@ class _Connection(asyncio.BufferedProtocol):
         return len(self._connection.streams) <= _LIGHT_CALLS
 
     def _read_or_not(self) -> None:
+        unparsed = 0 if self._connection.closed else self._connection.unparsed
+        self._load.unparsed += unparsed - self._unparsed
+        self._unparsed = unparsed
         most = _READ_LEAST if self._load.is_much else _READ_MOST
         connection = self._connection
         reading = self._calls.paused is None and (connection.unparsed < most or connection.hungry)
@@ -212,6 +217,7 @@ class _Connection(asyncio.BufferedProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         """It is over."""
         self._calls.end()
+        self._read_or_not()
         if self._calls.paused is not None:
             self._calls.paused.set()
         self._all.discard(self)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable
 
 _CALLS_MOST = 4_000
 _BYTES_MOST = 24 << 20
+_UNPARSED_MUCH = 4 << 20
+"""Bytes of all connections that were read and wait for their connection's turn, from which little is read at a time."""
 _OWN_LEAST = 2
 """Calls that a connection may have waiting, however much there is."""
 FEW_STREAMS = _OWN_LEAST
@@ -31,6 +33,8 @@ class Load:
     def __init__(self, calls_most: int = _CALLS_MOST, bytes_most: int = _BYTES_MOST) -> None:
         self.calls = 0
         self.bytes = 0
+        self.unparsed = 0
+        """Bytes that were read, and that their connections haven't had a turn to work on."""
         self._calls_most = calls_most
         self._bytes_most = bytes_most
         self._own: Counter[Hashable] = Counter()
@@ -47,7 +51,11 @@ class Load:
     @property
     def is_much(self) -> bool:
         """What is read has to wait, so it should be little at a time."""
-        return self.calls >= self._calls_most >> 3 or self.bytes >= self._bytes_most >> 3
+        return (
+            self.calls >= self._calls_most >> 3
+            or self.bytes >= self._bytes_most >> 3
+            or self.unparsed >= _UNPARSED_MUCH
+        )
 
     @property
     def left(self) -> int:
@@ -103,7 +111,7 @@ class Load:
         room: float = self._calls_most - self._calls_most // 10 - self.calls
         if self.bytes >= self._bytes_most - self._bytes_most // 10:
             return
-        if not self.is_much:
+        if self.calls < self._calls_most >> 3:
             # All of them: those that are read on may bring nothing, and there may be nothing left to be released.
             room = math.inf
         while room > 0 and self._left:
