@@ -76,8 +76,8 @@ class Reservation:
 class Space(Protocol):
     """Who is asked before something is written."""
 
-    def reserve(self, size: int) -> Reservation:
-        """Promise so many bytes. Raises NoSpace."""
+    def reserve(self, size: int, *, may_wait: bool = True) -> Reservation:
+        """Promise so many bytes; without `may_wait` at once. Raises NoSpace."""
         ...
 
     def close(self) -> None: ...
@@ -86,7 +86,7 @@ class Space(Protocol):
 class Unlimited:
     """As much as the disk has."""
 
-    def reserve(self, size: int) -> Reservation:
+    def reserve(self, size: int, *, may_wait: bool = True) -> Reservation:
         """Always."""
         return Reservation(None, size)
 
@@ -149,26 +149,26 @@ class Quota:
         written = self._actions.written_bytes - self._counted_results
         return total_bytes(self._index) + unindexed_bytes(self._index) + written
 
-    def reserve(self, size: int) -> Reservation:
-        """Promise so many bytes, waiting for a collection where one is needed. Raises NoSpace."""
+    def reserve(self, size: int, *, may_wait: bool = True) -> Reservation:
+        """Promise so many bytes, waiting for a collection where one is needed and may be waited for. Raises NoSpace."""
         if size > self._limits.limit:
             raise NoSpace(f"{size} bytes don't fit: the store may have {self._limits.limit} (--max-size)")
         with self._changed:
             self._asked += size
             try:
-                self._wait_for_room(size)
+                self._wait_for_room(size, may_wait)
             finally:
                 self._asked -= size
             self._reserved += size
         return Reservation(self, size)
 
-    def _wait_for_room(self, size: int) -> None:
+    def _wait_for_room(self, size: int, may_wait: bool) -> None:
         deadline = time.monotonic() + self._patience
         # One that begins from now on; where that makes no room, another wouldn't either.
         enough = self._begun + 1
         while (needed := self.used() + self._reserved + size) > self._limits.limit:
             self._want_collection()
-            hopeless = self._closed or self._ended >= enough
+            hopeless = self._closed or self._ended >= enough or not may_wait
             if hopeless or not self._changed.wait(deadline - time.monotonic()):
                 raise NoSpace(
                     f"no room for {size} bytes: the store has {self.used()} of {self._limits.limit} (--max-size), "

@@ -145,15 +145,18 @@ class Uploads:
         self.added([digest for (digest, _), result in zip(blobs, results, strict=True) if result is None])
         return results
 
-    def _reserve_all(self, sizes: Sequence[int], stack: ExitStack) -> list[StoreError | None]:
-        """Reserve space until the stack unwinds: for all at once, or else for each that there is room for."""
+    def _reserve_all(self, sizes: Sequence[int], stack: ExitStack, *, may_wait: bool = True) -> list[StoreError | None]:
+        """Reserve space until the stack unwinds: for all at once, or else for each that there is room for.
+
+        A collection is waited for once: what it didn't make room for another one wouldn't, either, and others wait.
+        """
         try:
-            stack.enter_context(self._space.reserve(sum(sizes)))
+            stack.enter_context(self._space.reserve(sum(sizes), may_wait=may_wait))
             return [None] * len(sizes)
         except NoSpace as error:
             if len(sizes) == 1:
                 return [error]
-        return [refused for size in sizes for refused in self._reserve_all([size], stack)]
+        return [refused for size in sizes for refused in self._reserve_all([size], stack, may_wait=False)]
 
     def publish(self, written: Pending) -> None:
         """Returns when what a writer has finished is durable. Raises NoSpace or StoreUnusable."""

@@ -516,6 +516,19 @@ def test_what_is_leased_or_was_just_used_stays_and_the_answer_comes_soon(store: 
     quota.close()
 
 
+def test_a_group_that_does_not_fit_waits_for_a_collection_once(store: Store) -> None:
+    add(store, bytes(950))
+    quota = make_quota(store, 1000, grace=HOUR, patience=60.0)
+    uploads = store.uploads(quota)
+    blobs = [b"%030d" % number for number in range(10)]
+    results = uploads.add_all([(SHA256.of(blob), blob) for blob in blobs])
+    assert [type(result) for result in results] == [type(None), *[NoSpace] * 9]
+    # One for all of them, and perhaps one more that has begun since, for the next to come.
+    assert quota._begun <= 2
+    uploads.close()
+    quota.close()
+
+
 def test_collections_run_in_the_background_from_the_high_mark_on(store: Store) -> None:
     add(store, *(bytes([number]) * 95 for number in range(10)), age=HOUR)
     quota = make_quota(store, 1000)

@@ -420,6 +420,7 @@ class Connection:
     def end(self) -> None:
         """There is no peer any more."""
         self.closed = True
+        self._data, self._position = b"", 0
         streams = list(self.streams.values())
         self.streams.clear()
         for stream in streams:

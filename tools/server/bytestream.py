@@ -134,7 +134,8 @@ class SmallWrite:
     def add(self, request: bytestream.WriteRequest) -> None:
         """Take the next message. Raises InvalidArgument."""
         _check_following(request, self._resource_name, self.size)
-        self._parts.append(request.data)
+        if request.data:
+            self._parts.append(request.data)
         self.size += len(request.data)
         self.finished = request.finish_write
         if not self.finished and self.size > self.name.digest.size + _SLACK:

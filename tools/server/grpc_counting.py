@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from functools import partial
 from typing import Any, cast
 
@@ -46,7 +46,7 @@ class GrpcCounting:
                 return answer
             if answer is LATER:
                 return answer
-            return self._finish(method, call, answer)
+            return cast("Coroutine[Any, Any, Answer]", _Coming(self._finish(method, call, answer), answer))
 
         return endpoint._replace(begin=begin)
 
@@ -99,6 +99,22 @@ def read_named(message: bytes, method: Method = methods.GET_ACTION_RESULT) -> Na
         return request.instance_name, read_digest(request.action_digest, function), False
     except BadDigest:
         return None  # the service would have refused it
+
+
+class _Coming:
+    """What is awaited for an answer, counted; closed before it was begun, it closes what is within, too."""
+
+    def __init__(self, counted: Coroutine[Any, Any, Answer], within: Coroutine[Any, Any, Answer]) -> None:
+        self._counted = counted
+        self._within = within
+
+    def __await__(self) -> Generator[Any, Any, Answer]:
+        return self._counted.__await__()
+
+    def close(self) -> None:
+        """Nobody will await it; harmless when it was awaited."""
+        self._counted.close()
+        self._within.close()
 
 
 class _Counted:

@@ -56,6 +56,8 @@ _SEND = 1 << 20
 """Bytes between two looks at the clock: who takes fewer in the idle time is too slow."""
 _TAKE = 256 << 10
 """Bytes of a body that are gathered before a thread writes them."""
+_HELD_BYTES = 128 << 10
+"""Of a body that nobody takes yet: twice what is read at a time."""
 _WORTH_COMPRESSING = 512
 _IMMUTABLE = "public, max-age=31536000, immutable"
 _SAFE = {"X-Content-Type-Options": "nosniff"}
@@ -261,7 +263,7 @@ class HttpAdapter:
             if name.kind is Kind.CAS and not compressed and size is not None and size <= SMALL:
                 await self._put_small(request, name, client)
             else:
-                async with self._gate.turn(client):
+                async with self._gate.turn(client, min(size or _HELD_BYTES, _HELD_BYTES)):
                     await self._put_long(request, name, size, compressed)
         finally:
             self._metrics.note_upload(-1)

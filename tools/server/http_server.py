@@ -41,7 +41,7 @@ _log.addFilter(_fold)
 _BACKLOG = 1024
 _numbers = count(1)
 """What tells connections apart, and requests."""
-_READ_BYTES = 256 << 10
+_READ_BYTES = 64 << 10
 _LINGER_SECONDS = 2.0
 """How long a body is read on that was refused, so that its client gets to see why."""
 _BREAK_SECONDS = 0.2

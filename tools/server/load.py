@@ -77,6 +77,8 @@ class Load:
         else:
             del self._own[owner]
         if self._left:
+            if self._own.get(owner, 0) < _OWN_LEAST and (again := self._left.pop(owner, None)) is not None:
+                again()
             self._read_on()
         if self._restrained and not self.calls:
             # Who is restrained may have left this server without work. One at a time: what it holds back comes at once.

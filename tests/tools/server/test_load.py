@@ -77,7 +77,7 @@ def test_who_is_left_because_of_bytes_is_read_on_when_they_are_gone() -> None:
     assert connections.read == [1]
 
 
-def test_nobody_is_left_where_nothing_waits() -> None:
+def test_nobody_is_left_who_has_nothing_waiting() -> None:
     connections = Connections(Load(400, 1000))
     for owner in range(90):
         connections.hold(owner, 4, 0)
@@ -87,9 +87,9 @@ def test_nobody_is_left_where_nothing_waits() -> None:
     # All of theirs is done; what fills the server is one call of somebody else.
     for owner in range(90):
         connections.release(owner, 4, 0)
-    assert connections.read == []
-    connections.release(90, 1, 1000)
     assert sorted(connections.read) == list(range(90))
+    connections.release(90, 1, 1000)
+    assert connections.load.left == 0
 
 
 def test_who_is_gone_is_not_read_on() -> None:
@@ -100,3 +100,13 @@ def test_who_is_gone_is_not_read_on() -> None:
     connections.release(1, 100)
     assert connections.read == []
     assert (connections.load.calls, connections.load.bytes) == (0, 0)
+
+
+def test_a_connection_with_nothing_waiting_any_more_is_read_on_however_much_others_have() -> None:
+    connections = Connections(Load(100, 1000))
+    connections.hold(1, 98)
+    connections.hold(2, 2)
+    assert connections.leave(2)
+    connections.release(2, 2)
+    assert connections.read == [2]
+    assert connections.load.left == 0
