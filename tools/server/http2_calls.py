@@ -37,10 +37,6 @@ _PREFIX = Struct(">BI")
 _PREFIX_BYTES = 5
 _PARSE_BYTES = 4 << 10
 """That are parsed between two looks at the clock."""
-_OWED_SECONDS = 10.0
-_OWED_FOR_SECONDS = 1.0
-"""A connection that wasn't read for so long is read for so long, if calls wait for its client: well before the client
-would be taken for silent."""
 _numbers = count(1)
 
 
@@ -293,10 +289,6 @@ class ConnectionCalls:
         """The socket takes no more; set when it does again."""
         self.streaming = 0
         """Uploads that have their turn."""
-        self._left_since = 0.0
-        """When it was first not read on; 0 while it is."""
-        self._read_until = 0.0
-        """Till then it is read, whatever there is to do."""
         self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send_soon)
         self._load = load
         self._whole: deque[_Call] = deque()
@@ -312,14 +304,11 @@ class ConnectionCalls:
         parsing = connection.unparsed > 0
         while True:
             if parsing:
-                if self.streaming or now < self._read_until or not self._load.leave(self.number, self.ready_again):
-                    self._left_since = 0.0
+                if self.streaming or not self._load.leave(self.number, self.ready_again):
                     parsing = connection.parse(_PARSE_BYTES)
                 else:
                     parsing = False
-                    self._left_since = self._left_since or now
-                    if not whole:
-                        self._restrain()
+                    self._restrain()
             elif whole and self.paused is None:
                 self._begin(whole.popleft())
             else:
@@ -389,21 +378,6 @@ class ConnectionCalls:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-
-    def read_what_is_owed(self, now: float) -> None:
-        """Have the connection read for a moment, if it wasn't for long and calls that are begun wait for its client.
-
-        What they wait for may have come, and lie behind calls that there is no room for.
-        """
-        if self._left_since and now - self._left_since > _OWED_SECONDS and self._awaits_client:
-            self._read_until = now + _OWED_FOR_SECONDS
-            self._left_since = now
-            self.ready_again()
-
-    @property
-    def _awaits_client(self) -> bool:
-        calls = (cast("_Call", stream) for stream in self.connection.streams.values())
-        return any(call.waits or call.heard for call in calls)
 
     def drop_silent(self) -> None:
         """End the calls whose client sends no more of its only message, or takes no more of the end of its answer."""

@@ -273,7 +273,6 @@ class _Connection(asyncio.BufferedProtocol):
         now = self._loop.time()
         idle = self._routes.limits.idle_seconds
         self._connection.calm_down()
-        self._calls.read_what_is_owed(now)
         self._calls.drop_silent()
         self._load.ease(self._calls.number)
         if self._calls.paused is not None:
@@ -282,9 +281,6 @@ class _Connection(asyncio.BufferedProtocol):
         elif not self._connection.begun:
             if now - self._heard > idle:
                 self._transport.abort()
-        elif not self._reading:
-            # Whatever it says isn't heard, a sign of life neither.
-            self._heard = now
         elif self._pinged > self._heard:
             if now - self._pinged > _PING_GRACE:
                 self._transport.abort()

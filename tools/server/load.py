@@ -113,7 +113,7 @@ class Load:
         room: float = self._calls_most - self._calls_most // 10 - self.calls
         if self.bytes >= self._bytes_most - self._bytes_most // 10:
             return
-        if self.calls < self._calls_most >> 3:
+        if self.calls < max(self._calls_most >> 3, 1):
             # All of them: those that are read on may bring nothing, and there may be nothing left to be released.
             room = math.inf
         while room > 0 and self._left:
