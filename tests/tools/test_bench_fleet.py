@@ -13,8 +13,9 @@ from tests.conftest import Requirements
 from tools.bench import fleet_builds, fleet_load
 from tools.bench.cpu_share import cpu_share
 from tools.bench.fleet_load import choose_rows
-from tools.bench.fleet_program import Load, Result, get_program, storming
+from tools.bench.fleet_program import PROGRAM, Load, Result, storming
 from tools.bench.fleet_servers import PEERS, find_sides, loaded_server, serves_http
+from tools.bench.load import get_generator
 from tools.bench.measuring import FleetSettings, Settings
 from tools.bench.server import CASFS, Served
 from tools.bench.workers import Refused
@@ -27,7 +28,7 @@ WAYS = ("write", "batch", "http", "read", "mixed")
 def program(requires: Requirements) -> Path:
     """The load generator, as `make bench-tools` built it."""
     try:
-        return get_program()
+        return get_generator(PROGRAM)
     except Refused as error:
         requires.lacking(str(error))
 

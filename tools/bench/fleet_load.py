@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tools.bench.fleet_program import Load, Result, get_program, storming
+from tools.bench.fleet_program import PROGRAM, Load, Result, storming
 from tools.bench.fleet_servers import (
     DRAINED_SECONDS,
     END_SECONDS,
@@ -31,6 +31,7 @@ from tools.bench.fleet_servers import (
     raise_open_files,
     serves_http,
 )
+from tools.bench.load import get_generator
 from tools.bench.measuring import Outcome, Settings, alternate
 from tools.bench.server import CASFS
 from tools.bench.workers import Refused
@@ -51,7 +52,7 @@ def run(settings: Settings) -> Outcome:
     """Without the program there is nothing to measure, without peers nothing beside casfs."""
     outcome = Outcome()
     try:
-        program = get_program()
+        program = get_generator(PROGRAM)
     except Refused as refused:
         outcome.notes.append(f"No load was put on a server: {refused}")
         return outcome

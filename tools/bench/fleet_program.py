@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,21 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.server import Served
-from tools.bench.workers import Refused
 
 PROGRAM = "casfs-fleet"
 _BEGINS = "the load begins"
 _MARGIN_SECONDS = 300.0
 """For what is stored before the clock starts, and the deadline of the last calls after the limit."""
 _END_SECONDS = 30.0
-
-
-def get_program() -> Path:
-    """The program. Raises Refused, which says how it can be had."""
-    for found in (Path(sys.prefix, "bin", PROGRAM), shutil.which(PROGRAM)):
-        if found is not None and os.access(found, os.X_OK):
-            return Path(found)
-    raise Refused(f"{PROGRAM} is neither in .venv nor on the PATH: 'make bench-tools' builds it, if there is Go")
 
 
 @dataclass(frozen=True, slots=True)

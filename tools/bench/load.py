@@ -30,12 +30,12 @@ CONNECTIONS = 4
 _TIMEOUT_SECONDS = 600
 
 
-def get_generator() -> Path:
-    """The program. Raises Refused, which says how it can be had."""
-    for found in (Path(sys.prefix, "bin", PROGRAM), shutil.which(PROGRAM)):
+def get_generator(program: str = PROGRAM) -> Path:
+    """A load generator that is made by us. Raises Refused, which says how it can be had."""
+    for found in (Path(sys.prefix, "bin", program), shutil.which(program)):
         if found is not None and os.access(found, os.X_OK):
             return Path(found)
-    raise Refused(f"{PROGRAM} is neither in .venv nor on the PATH: 'make bench-tools' makes it, if there is Go")
+    raise Refused(f"{program} is neither in .venv nor on the PATH: 'make bench-tools' makes it, if there is Go")
 
 
 @dataclass(frozen=True, slots=True)

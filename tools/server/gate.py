@@ -51,6 +51,11 @@ class _Bringer(NamedTuple):
     settle: Settle
     since: float
 
+    @property
+    def size(self) -> int:
+        """Bytes that it has in memory."""
+        return len(self.data or b"")
+
 
 class _Turn(NamedTuple):
     """Set when the turn has come, and since when it is waited for."""
@@ -107,7 +112,7 @@ class Gate:
         return True
 
     def _wait(self, digest: Digest, bringer: _Bringer) -> None:
-        self.load.hold(bringer.client.connection, len(bringer.data or b""))
+        self.load.hold(bringer.client.connection, bringer.size)
         waiting = self._coming.get(digest)
         if waiting is not None:
             waiting.append(bringer)
@@ -125,7 +130,7 @@ class Gate:
         while self._whole and self._has_room:
             digest = self._whole.pop()
             bringer = self._coming[digest][0]
-            self.load.release(bringer.client.connection, len(bringer.data or b""))
+            self.load.release(bringer.client.connection, bringer.size)
             self._storing.add(Whole(digest, bringer.data or b"", partial(self._settle, digest)))
         self._pass_on()
 
@@ -134,16 +139,15 @@ class Gate:
         first, *others = self._coming.pop(digest)
         if isinstance(refused, DigestMismatch):
             # The first one's bytes were wrong; that says nothing of those of the others.
-            bringing = [bringer for bringer in others if bringer.data is not None]
-            if bringing:
-                following = bringing[0]
+            following = next((bringer for bringer in others if bringer.data is not None), None)
+            if following is not None:
                 others.remove(following)
                 self._coming[digest] = [following, *others]
                 self._whole.push(following.client.token, following.client.connection, digest)
                 others = []
         _tell(first, refused)
         for bringer in others:
-            self.load.release(bringer.client.connection, len(bringer.data or b""))
+            self.load.release(bringer.client.connection, bringer.size)
             _tell(bringer, refused)
 
     @asynccontextmanager
@@ -188,7 +192,7 @@ class Gate:
         while self._whole:
             digest = self._whole.pop()
             for bringer in self._coming.pop(digest, ()):
-                self.load.release(bringer.client.connection, len(bringer.data or b""))
+                self.load.release(bringer.client.connection, bringer.size)
                 _tell(bringer, ending)
 
 

@@ -193,7 +193,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     @property
     def is_light(self) -> bool:
-        """It has few calls under way, and nothing that came and waits for its turn."""
+        """It has few calls under way."""
         return len(self._connection.streams) <= _LIGHT_CALLS
 
     def _read_or_not(self) -> None:
