@@ -79,8 +79,8 @@ class Call(Protocol):
         """It will be answered when these are in the store: for who asks what it waits for."""
         ...
 
-    def streaming(self, change: int) -> None:
-        """It takes many messages from now on (1), or no more (-1)."""
+    def widen(self) -> None:
+        """It has its turn: more of its messages may be on their way here at a time."""
         ...
 
     async def write(self, message: bytes) -> None:
@@ -417,11 +417,8 @@ class Calls:
     async def _turn(self, call: Call, held: int) -> AsyncIterator[None]:
         """The turn of an upload, whose flow-control window is opened; `held`: bytes that are here already."""
         async with self._gate.turn(Client(call.authorization, call.connection), held):
-            call.streaming(1)
-            try:
-                yield
-            finally:
-                call.streaming(-1)
+            call.widen()
+            yield
 
     async def _take(self, request: bytestream.WriteRequest, messages: Messages, write: WriteCall) -> Message:
         while True:

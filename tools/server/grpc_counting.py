@@ -127,7 +127,7 @@ class _Counted:
         self.client = call.client
         self.connection = call.connection
         self.note_blobs = call.note_blobs
-        self.streaming = call.streaming
+        self.widen = call.widen
         self._call = call
         self._note = note
         self.request = request

@@ -123,12 +123,10 @@ class _Call(Stream):
         """It will be answered when these are in the store."""
         self.blobs = blobs
 
-    def streaming(self, change: int) -> None:
-        """It has its turn (1), or is done with it (-1): its connection is read, whatever waits there."""
-        self._owner.streaming += change
-        if change > 0 and self.receiving:
+    def widen(self) -> None:
+        """It has its turn: more of it may be on its way here at a time."""
+        if self.receiving:
             self._owner.connection.allow(self, TURN_WINDOW - STREAM_WINDOW, least=0)
-            self._owner.ready_again()
 
     async def write(self, message: bytes) -> None:
         """Returns when the windows have taken all of it, and the socket wants more."""
@@ -162,10 +160,12 @@ class _Call(Stream):
 
     async def _wait(self) -> None:
         self._waiter = waiter = self._owner.loop.create_future()
+        self._owner.await_client(1)
         try:
             await waiter
         finally:
             self._waiter = None
+            self._owner.await_client(-1)
 
     # For the connection's calls.
 
@@ -287,8 +287,10 @@ class ConnectionCalls:
         """When it last had its turn."""
         self.paused: asyncio.Event | None = None
         """The socket takes no more; set when it does again."""
-        self.streaming = 0
-        """Uploads that have their turn."""
+        self.left = False
+        """There is no room for what it brings: nothing more of it is looked at, nor read."""
+        self._awaited = 0
+        """Calls that wait for what their client sends or takes."""
         self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send_soon)
         self._load = load
         self._whole: deque[_Call] = deque()
@@ -304,11 +306,12 @@ class ConnectionCalls:
         parsing = connection.unparsed > 0
         while True:
             if parsing:
-                if self.streaming or not self._load.leave(self.number, self.ready_again):
-                    parsing = connection.parse(_PARSE_BYTES)
-                else:
-                    parsing = False
+                full = self._load.leave(self.number, self.ready_again)
+                if full:
                     self._restrain()
+                # What is begun is finished, whatever else lies before what it waits for.
+                self.left = full and not self._awaited
+                parsing = not self.left and connection.parse(_PARSE_BYTES)
             elif whole and self.paused is None:
                 self._begin(whole.popleft())
             else:
@@ -322,6 +325,12 @@ class ConnectionCalls:
 
     def _relax(self) -> None:
         self.connection.ask_for_streams(self.routes.limits.streams)
+
+    def await_client(self, change: int) -> None:
+        """One more call (1), or one fewer (-1), waits for what its client sends or takes."""
+        self._awaited += change
+        if change > 0 and self.left:
+            self.ready_again()
 
     def end(self) -> None:
         """The connection is over: what waits to be begun isn't, but what is whole of an upload."""
@@ -386,6 +395,9 @@ class ConnectionCalls:
             call = cast("_Call", stream)
             if call.trailers is not None and call.waiting != call.left:
                 call.left, call.heard = call.waiting, now
+            if self.left and call.heard:
+                # What it waits for may have come.
+                call.heard = now
             if not call.heard or now - call.heard < most:
                 continue
             if call.trailers is None:

@@ -278,6 +278,9 @@ class _Connection(asyncio.BufferedProtocol):
         if self._calls.paused is not None:
             if now - self._paused_since > idle:
                 self._transport.abort()
+        elif self._calls.left:
+            # Whatever it says isn't heard, a sign of life neither.
+            self._heard = now
         elif not self._connection.begun:
             if now - self._heard > idle:
                 self._transport.abort()
