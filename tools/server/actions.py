@@ -27,6 +27,9 @@ from tools.server.requests import Instances, get_function, read_digest
 
 _BELIEVE_SECONDS = 5.0
 _BELIEVE_MOST = 20_000
+_BELIEVE_BYTES_MOST = 16 << 20
+_QUICK_BYTES = 256 << 10
+"""Of a result that is taken apart in the loop: it names thousands of blobs, and takes some tens of ms."""
 _INLINE_MOST = 1 << 20
 """Bytes that are inlined into one result: it has to fit into a message."""
 _TREE_MOST = 256 << 20
@@ -54,6 +57,8 @@ class ActionResults:
         self._downloads = downloads
         self._space = space
         self._whole: dict[bytes, _Whole] = {}
+        self._whole_bytes = 0
+        """Of the messages in it, and of those that were taken out since it was empty."""
 
     def get(self, request: reapi.GetActionResultRequest, *, may_wait: bool = True) -> bytes:
         """The ActionResult, serialized as it was stored. Raises NotThere."""
@@ -126,8 +131,10 @@ class ActionResults:
             return None
         # With the time before its blobs', so that a collection takes the result first.
         self._actions.touch(key, began)
-        if len(self._whole) >= _BELIEVE_MOST:
+        if len(self._whole) >= _BELIEVE_MOST or self._whole_bytes >= _BELIEVE_BYTES_MOST:
             self._whole.clear()
+            self._whole_bytes = 0
+        self._whole_bytes += len(message)
         self._whole[key] = _Whole(message, time.monotonic() + _BELIEVE_SECONDS, generation)
         return message
 
@@ -137,6 +144,8 @@ class ActionResults:
         return None if names is None or self._finder.find_absent(names, may_wait=may_wait) else names
 
     def _all_names(self, key: bytes, message: bytes, may_wait: bool) -> list[Name] | None:
+        if len(message) > _QUICK_BYTES and not may_wait:
+            raise WouldWait
         try:
             result = reapi.ActionResult.FromString(message)
             return list(self._all_named_by(result, DigestFunction(key[0]), may_wait))
@@ -180,6 +189,8 @@ class ActionResults:
 
     def _inline(self, message: bytes, request: reapi.GetActionResultRequest, key: bytes, may_wait: bool) -> bytes:
         """The result with what the client would fetch next; what is large or just gone is left to it."""
+        if len(message) > _QUICK_BYTES and not may_wait:
+            raise WouldWait
         result = reapi.ActionResult.FromString(message)
         function = DigestFunction(key[0])
         wanted = set(request.inline_output_files)

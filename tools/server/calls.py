@@ -28,6 +28,7 @@ from tools.reapi.methods import Method
 from tools.reapi.wire import write_varint
 from tools.server.access import Access, right_for
 from tools.server.bytestream import SmallWrite, WriteCall
+from tools.server.cas import Batch
 from tools.server.downloads import Reader
 from tools.server.errors import InvalidArgument
 from tools.server.execution import Executions
@@ -43,6 +44,10 @@ _QUICK_SECONDS = 0.1
 _SMALL_BYTES = 64 << 10
 _LAST_MOST = _SMALL_BYTES | 15
 """Bytes of a message that is sent with the status, and so not patiently: more would be held for a client that hangs."""
+_LOOKED_AT_MOST = 1 << 20
+"""Bytes of a message that is looked at in the loop: with thousands of digests in it that takes some tens of ms."""
+_ITEMS_MOST = 256
+"""Of a batch of uploads that is taken apart in the loop, and of those that are handed on at a time."""
 _WHOLE_MOST = 28 << 10
 """Bytes of an upload that comes whole before it has its turn: they fit into a stream's first window."""
 _GATHERED_MOST = 256 << 10
@@ -204,14 +209,16 @@ class Calls:
         threads = pool or self._fetching
 
         def begin(raw: bytes, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
+            if len(raw) > _LOOKED_AT_MOST:
+                return later(raw, parse)
             request = parse(raw)
             try:
                 return _serialize(call(request, False))
             except WouldWait:
-                return later(request)
+                return later(request, lambda request: request)
 
-        async def later(request: object) -> bytes:
-            return _serialize(await threads.in_thread(call, request, True))
+        async def later(request: Any, parse: Callable[[Any], object]) -> bytes:
+            return await threads.in_thread(lambda: _serialize(call(parse(request), True)))
 
         return Endpoint(method, begin)
 
@@ -297,25 +304,44 @@ class Calls:
         except WouldWait:
             return await self._waiting.in_thread(lambda: reader.read(head=_head_of_piece))
 
-    def _batch_update(self, raw: bytes, call: Call) -> Answer | Later:
-        batch = self._cas.read_batch(reapi.BatchUpdateBlobsRequest.FromString(raw))
-        left = len(batch.blobs)
-        if not left:
-            return batch.answer().SerializeToString()
-        client = Client(call.authorization, call.connection)
+    def _batch_update(self, raw: bytes, call: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
+        request = reapi.BatchUpdateBlobsRequest.FromString(raw)
+        if len(request.requests) > _ITEMS_MOST:
+            return self._batch_update_in_parts(request, call)
+        batch = self._cas.read_batch(request)
+        if not batch.blobs:
+            return batch.answer()
 
-        def settle(number: int, refused: Exception | None) -> None:
-            nonlocal left
-            if refused is not None:
-                batch.refused[number] = refused
-            left -= 1
-            if not left:
-                call.answer(batch.answer().SerializeToString())
+        def answer() -> None:
+            call.answer(batch.answer())
 
-        call.note_blobs([digest for digest, _ in batch.blobs.values()])
-        for number, (digest, data) in batch.blobs.items():
-            self._gate.add(client, digest, data, partial(settle, number))
+        for number in batch.blobs:
+            self._add(batch, number, call, answer)
+        call.note_blobs(batch.digests)
         return LATER
+
+    async def _batch_update_in_parts(self, request: reapi.BatchUpdateBlobsRequest, call: Call) -> Answer:
+        """The same for so many blobs that others would wait while they are taken apart, and handed on."""
+        batch = await self._waiting.in_thread(self._cas.read_batch, request)
+        call.note_blobs(batch.digests)
+        stored = asyncio.Event()
+        for place, number in enumerate(list(batch.blobs), 1):
+            self._add(batch, number, call, stored.set)
+            if not place % _ITEMS_MOST:
+                await asyncio.sleep(0)
+        if batch.left:
+            await stored.wait()
+        return await self._waiting.in_thread(batch.answer)
+
+    def _add(self, batch: Batch, number: int, call: Call, answer: Callable[[], object]) -> None:
+        """Have one blob of a batch stored; the last that is stored has the batch answered."""
+        digest, data = batch.blobs[number]
+
+        def settle(refused: Exception | None) -> None:
+            if batch.settle(number, refused):
+                answer()
+
+        self._gate.add(Client(call.authorization, call.connection), digest, data, settle)
 
     def _query_write_status(self, raw: bytes, call: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
         stream = self._stream

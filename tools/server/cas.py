@@ -40,23 +40,39 @@ class Question(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """What a BatchUpdateBlobsRequest brings: `blobs` by their places there, and why others are `refused`."""
+    """What a BatchUpdateBlobsRequest brings: `blobs` by their places there, and why others are `refused`.
 
-    digests: list[reapi.Digest]
+    `left`: those of them that aren't stored yet.
+    """
+
+    spellings: list[reapi.Digest]
     blobs: dict[int, tuple[Digest, bytes]] = field(default_factory=dict)
     refused: dict[int, Exception] = field(default_factory=dict)
+    left: int = 0
 
-    def answer(self) -> reapi.BatchUpdateBlobsResponse:
-        """A status for each. What isn't refused is durable."""
+    @property
+    def digests(self) -> list[Digest]:
+        """Of its blobs."""
+        return [digest for digest, _ in self.blobs.values()]
+
+    def settle(self, number: int, refused: Exception | None) -> bool:
+        """That one is stored, or refused; whether it was the last."""
+        if refused is not None:
+            self.refused[number] = refused
+        self.left -= 1
+        return not self.left
+
+    def answer(self) -> bytes:
+        """A BatchUpdateBlobsResponse, with a status for each. What isn't refused is durable."""
         response = reapi.BatchUpdateBlobsResponse()
-        for number, digest in enumerate(self.digests):
+        for number, digest in enumerate(self.spellings):
             answer = response.responses.add(digest=digest)
             refused = self.refused.get(number)
             if refused is None:
                 answer.status.SetInParent()
             else:
                 answer.status.CopyFrom(as_status(refused))
-        return response
+        return response.SerializeToString()
 
 
 class ContentAddressableStorage:
@@ -112,6 +128,7 @@ class ContentAddressableStorage:
                 batch.blobs[number] = digest, _plain(item, digest)
             except (ServeError, StoreError) as error:
                 batch.refused[number] = error
+        batch.left = len(batch.blobs)
         return batch
 
     def batch_read(self, request: reapi.BatchReadBlobsRequest, *, may_wait: bool = True) -> bytes:

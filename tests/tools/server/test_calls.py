@@ -1,14 +1,23 @@
-"""How the services' answers go out over gRPC: in how many steps."""
+"""How calls are answered over gRPC: in how many steps, and what of it in the loop."""
 
 from __future__ import annotations
 
+import threading
+from contextlib import closing
 from typing import Any
+
+import pytest
 
 from store.repository import Store
 from tests.tools.server.conftest import SHA256, Client
 from tests.tools.server.odd import serving
 from tools.reapi import methods
+from tools.reapi.generated import code_pb2 as codes
+from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.server.actions import ActionResults
 from tools.server.calls import Endpoint
+from tools.server.cas import ContentAddressableStorage
+from tools.server.requests import write_digest
 
 
 class Writes:
@@ -52,3 +61,59 @@ def test_a_small_blob_goes_out_in_one_step_with_its_status(store: Store) -> None
         finally:
             client.close()
     assert [size >> 10 for size in writes.sizes] == [256], "and 44 KiB with the status"
+
+
+def note_threads(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, noted: dict[str, str]) -> None:
+    """Of that method: the thread it is called in."""
+    real = getattr(owner, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        noted[name] = threading.current_thread().name
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_what_has_thousands_of_parts_is_not_taken_apart_in_the_loop(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: dict[str, str] = {}
+    for owner, name in (
+        (ContentAddressableStorage, "read_question"),
+        (ContentAddressableStorage, "read_batch"),
+        (ContentAddressableStorage, "batch_read"),
+        (ActionResults, "_all_named_by"),
+    ):
+        note_threads(monkeypatch, owner, name, noted)
+    blobs = [b"%d" % number for number in range(1000)]
+    digests = [SHA256.of(blob) for blob in blobs]
+    unknown = [reapi.Digest(hash=f"{number:064x}", size_bytes=1) for number in range(20_000)]
+    action = write_digest(SHA256.of(b"action"))
+    with serving(store) as url, closing(Client(url.removeprefix("grpc://"))) as client:
+        items = [
+            reapi.BatchUpdateBlobsRequest.Request(digest=write_digest(digest), data=blob)
+            for digest, blob in zip(digests, blobs, strict=True)
+        ]
+        items.append(reapi.BatchUpdateBlobsRequest.Request(digest=unknown[0], data=b"another"))
+        answer = client.call(methods.BATCH_UPDATE_BLOBS, reapi.BatchUpdateBlobsRequest(requests=items))
+        assert [item.digest for item in answer.responses] == [item.digest for item in items]
+        assert [item.status.code for item in answer.responses] == [0] * len(blobs) + [codes.INVALID_ARGUMENT]
+
+        question = reapi.FindMissingBlobsRequest(blob_digests=[*map(write_digest, digests), *unknown])
+        missing = client.call(methods.FIND_MISSING_BLOBS, question)
+        assert list(missing.missing_blob_digests) == unknown
+
+        wanted = reapi.BatchReadBlobsRequest(digests=[write_digest(digest) for digest in digests] * 16)
+        found = client.call(methods.BATCH_READ_BLOBS, wanted).responses
+        assert [item.data for item in found] == blobs * 16
+
+        outputs = [reapi.OutputFile(path="out", digest=write_digest(digest)) for digest in digests]
+        result = reapi.ActionResult(output_files=outputs * 5)
+        client.call(
+            methods.UPDATE_ACTION_RESULT,
+            reapi.UpdateActionResultRequest(action_digest=action, action_result=result),
+        )
+        get = reapi.GetActionResultRequest(action_digest=action)
+        assert client.call(methods.GET_ACTION_RESULT, get) == result
+    assert len(noted) == 4
+    assert all(thread.startswith("serve") for thread in noted.values()), noted
