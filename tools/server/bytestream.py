@@ -91,10 +91,14 @@ class ByteStream:
         return not self._presence.find_absent((as_name(name.digest),), may_wait=may_wait)
 
     def open_transfer(self, name: ResourceName, offset: int) -> Transfer:
-        """The upload, begun anew or where it broke off. Raises InvalidArgument, NoSpace."""
+        """The upload, begun anew or where it broke off. Raises InvalidArgument, NoSpace.
+
+        More of it may be here than `offset`: a call that broke off still takes the message that it has, and its client
+        may have asked how much is here before that.
+        """
         parked = self._desk.resume(name)
         if parked is not None:
-            if offset == parked.received:
+            if 0 < offset <= parked.received:
                 return parked
             if offset:
                 self._desk.park(parked)
@@ -172,6 +176,8 @@ class WriteCall:
     def __init__(self, service: ByteStream) -> None:
         self._service = service
         self._resource_name = ""
+        self._offset = 0
+        """Where the next message begins."""
         self._transfer: Transfer | None = None
         self._answered = False
 
@@ -190,6 +196,7 @@ class WriteCall:
                 self._answered = True
                 return self._service.whole_answer(name)
             self._transfer = self._service.open_transfer(name, request.write_offset)
+            self._offset = request.write_offset
         try:
             return self._take(self._transfer, request)
         except BaseException:
@@ -199,8 +206,9 @@ class WriteCall:
             raise
 
     def _take(self, transfer: Transfer, request: bytestream.WriteRequest) -> bytestream.WriteResponse | None:
-        _check_following(request, self._resource_name, transfer.received)
-        transfer.write(request.data)
+        _check_following(request, self._resource_name, self._offset)
+        transfer.write(request.data[transfer.received - self._offset :])
+        self._offset += len(request.data)
         if not request.finish_write:
             return None
         self._transfer = None

@@ -72,12 +72,12 @@ class Call(Protocol):
         """A number that tells connections apart."""
         ...
 
-    def answer(self, message: Answer) -> None:
-        """Answer what `begin` said would be answered `LATER`; harmless where nobody waits any more."""
+    def answer(self, message: Answer) -> bool:
+        """Answer what `begin` said would be answered `LATER`; whether somebody still waits for it."""
         ...
 
-    def fail(self, error: Exception) -> None:
-        """Say what went wrong in place of an answer; harmless where nobody waits any more."""
+    def fail(self, error: Exception) -> bool:
+        """Say what went wrong in place of an answer; whether somebody still waits for it."""
         ...
 
     def note_blobs(self, blobs: Collection[Digest]) -> None:

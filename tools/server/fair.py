@@ -7,18 +7,19 @@ no tokens connections share alike.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Hashable)
 
 
 class FairQueue(Generic[T]):
-    """Items of owners, which are grouped by tokens. Used in the loop's thread."""
+    """Items of owners, which are grouped by tokens; those of one owner differ. Used in the loop's thread."""
 
     def __init__(self) -> None:
-        self._tokens: OrderedDict[str | None, OrderedDict[int, deque[T]]] = OrderedDict()
+        # Not of deques, as who gives up leaves from the middle.
+        self._tokens: OrderedDict[str | None, OrderedDict[int, OrderedDict[T, None]]] = OrderedDict()
         self._count = 0
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class FairQueue(Generic[T]):
 
     def heads(self) -> Iterator[T]:
         """The first of each owner."""
-        return (waiting[0] for owners in self._tokens.values() for waiting in owners.values())
+        return (next(iter(waiting)) for owners in self._tokens.values() for waiting in owners.values())
 
     def push(self, token: str | None, owner: int, item: T) -> None:
         """Behind what that owner has there."""
@@ -39,8 +40,8 @@ class FairQueue(Generic[T]):
             owners = self._tokens[token] = OrderedDict()
         waiting = owners.get(owner)
         if waiting is None:
-            waiting = owners[owner] = deque()
-        waiting.append(item)
+            waiting = owners[owner] = OrderedDict()
+        waiting[item] = None
         self._count += 1
 
     def pop(self) -> T:
@@ -49,7 +50,7 @@ class FairQueue(Generic[T]):
             raise IndexError("nothing waits")
         token, owners = next(iter(self._tokens.items()))
         owner, waiting = next(iter(owners.items()))
-        item = waiting.popleft()
+        item, _ = waiting.popitem(last=False)
         self._count -= 1
         if waiting:
             owners.move_to_end(owner)
@@ -60,3 +61,17 @@ class FairQueue(Generic[T]):
         else:
             del self._tokens[token]
         return item
+
+    def remove(self, token: str | None, owner: int, item: T) -> None:
+        """Take an item out, if it still waits; nobody's turn changes by that."""
+        try:
+            owners = self._tokens[token]
+            waiting = owners[owner]
+            del waiting[item]
+        except KeyError:
+            return
+        self._count -= 1
+        if not waiting:
+            del owners[owner]
+        if not owners:
+            del self._tokens[token]

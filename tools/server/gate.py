@@ -77,8 +77,11 @@ class Gate:
         self._whole: FairQueue[Digest] = FairQueue()
         self._most = self._free = turns
         self._turns: FairQueue[_Turn] = FairQueue()
-        self.waiting_turns = 0
+
+    @property
+    def waiting_turns(self) -> int:
         """Uploads that wait for a turn."""
+        return len(self._turns)
 
     @property
     def waiting(self) -> int:
@@ -92,7 +95,7 @@ class Gate:
     def oldest(self) -> float | None:
         """Since when, by the loop's clock, the oldest waits of what waits for room or a turn."""
         times = [self._coming[digest][0].since for digest in self._whole.heads()]
-        times += [turn.since for turn in self._turns if not turn.come.done()]
+        times += [turn.since for turn in self._turns.heads()]
         return min(times, default=None)
 
     @property
@@ -153,20 +156,21 @@ class Gate:
     @asynccontextmanager
     async def turn(self, client: Client, held: int = 0) -> AsyncIterator[None]:
         """Have one of the turns; waits for it, with so many bytes in memory."""
-        mine = asyncio.get_running_loop().create_future()
+        come = asyncio.get_running_loop().create_future()
+        mine = _Turn(come, self._clock())
         self.load.hold(client.connection, held)
-        self.waiting_turns += 1
-        self._turns.push(client.token, client.connection, _Turn(mine, self._clock()))
+        self._turns.push(client.token, client.connection, mine)
         try:
             self._pass_on()
             with waiting_for(Reason.TURN):
-                await mine
+                await come
         except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():
+            if come.done() and not come.cancelled():
                 self._give_back()
+            else:
+                self._turns.remove(client.token, client.connection, mine)
             raise
         finally:
-            self.waiting_turns -= 1
             self.load.release(client.connection, held)
         try:
             yield
@@ -181,6 +185,7 @@ class Gate:
         """Turns for those that wait: not while there is too much to store already, unless nobody has one."""
         while self._turns and self._free and (self._has_room or self._free == self._most):
             come = self._turns.pop().come
+            # One that was just given up is cancelled before its task can take it out.
             if not come.done():
                 self._free -= 1
                 come.set_result(None)

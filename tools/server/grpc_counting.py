@@ -35,7 +35,7 @@ class GrpcCounting:
         method = endpoint.method
 
         def begin(request: Any, context: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
-            call = _Counted(context, request, partial(self._note, method))
+            call = _Counted(context, request, partial(self._note_later, method))
             try:
                 answer = endpoint.begin(call.request, call)
             except Exception as error:
@@ -45,6 +45,8 @@ class GrpcCounting:
                 self._note(method, call, "OK", answer)
                 return answer
             if answer is LATER:
+                if method is methods.WRITE:
+                    self._metrics.note_upload(1)
                 return answer
             return cast("Coroutine[Any, Any, Answer]", _Coming(self._finish(method, call, answer), answer))
 
@@ -65,6 +67,11 @@ class GrpcCounting:
             if method is methods.WRITE:
                 self._metrics.note_upload(-1)
             self._note(method, call, code, answer)
+
+    def _note_later(self, method: Method, call: _Counted, code: str, answer: Answer) -> None:
+        if method is methods.WRITE:
+            self._metrics.note_upload(-1)
+        self._note(method, call, code, answer)
 
     def _note(self, method: Method, call: _Counted, code: str, answer: Answer) -> None:
         self._metrics.note_request("grpc", method.name, code, time.perf_counter() - call.begun)
@@ -138,13 +145,20 @@ class _Counted:
             self._messages: Messages = request
             self.request = self
 
-    def answer(self, message: Answer) -> None:
-        self._note(self, "OK", message)
-        self._call.answer(message)
+    # What was given up before isn't answered, whatever became of what it brought.
 
-    def fail(self, error: Exception) -> None:
-        self._note(self, codes.Code.Name(find_code(error)), None)
-        self._call.fail(error)
+    def answer(self, message: Answer) -> bool:
+        is_waited_for = self._call.answer(message)
+        if is_waited_for:
+            self._note(self, "OK", message)
+        else:
+            self._note(self, "CANCELLED", None)
+        return is_waited_for
+
+    def fail(self, error: Exception) -> bool:
+        is_waited_for = self._call.fail(error)
+        self._note(self, codes.Code.Name(find_code(error)) if is_waited_for else "CANCELLED", None)
+        return is_waited_for
 
     # As the messages of the request, where there are many.
 

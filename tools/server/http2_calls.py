@@ -111,13 +111,13 @@ class _Call(Stream):
     def connection(self) -> int:
         return self._owner.number
 
-    def answer(self, message: Answer) -> None:
-        """Answer what was to be answered later; harmless where nobody waits any more."""
-        self._owner.answer(self, message)
+    def answer(self, message: Answer) -> bool:
+        """Answer what was to be answered later; whether somebody still waits for it."""
+        return self._owner.answer(self, message)
 
-    def fail(self, error: Exception) -> None:
-        """Tell the client what went wrong; harmless where nobody waits any more."""
-        self._owner.fail(self, error)
+    def fail(self, error: Exception) -> bool:
+        """Tell the client what went wrong; whether somebody still waits for it."""
+        return self._owner.fail(self, error)
 
     def note_blobs(self, blobs: Collection[Digest]) -> None:
         """It will be answered when these are in the store."""
@@ -517,24 +517,27 @@ class ConnectionCalls:
             call.task.cancel()
         self._end(call, trailers_of(Status(code=codes.DEADLINE_EXCEEDED, message="the call's own deadline")))
 
-    def answer(self, call: _Call, answer: Answer) -> None:
-        """Send it, where somebody waits for it."""
+    def answer(self, call: _Call, answer: Answer) -> bool:
+        """Send it, where somebody waits for it; whether somebody does."""
         connection = self.connection
         if connection.streams.get(call.id) is not call:
-            return
+            return False
         if answer is None:
-            self._end(call, OK)
-        elif call.answering:
+            return self._end(call, OK)
+        if call.answering:
             connection.out.send_data(call, _PREFIX.pack(0, len(answer)), answer)
             connection.out.send_trailers(call, OK)
         else:
             connection.out.answer(call, HEADERS, _PREFIX.pack(0, len(answer)) + answer, OK)
+        return True
 
-    def fail(self, call: _Call, error: Exception) -> None:
-        """Say what went wrong, where somebody waits for it."""
-        self._end(call, trailers_of(as_status(error)))
+    def fail(self, call: _Call, error: Exception) -> bool:
+        """Say what went wrong, where somebody waits for it; whether somebody does."""
+        return self._end(call, trailers_of(as_status(error)))
 
-    def _end(self, call: _Call, trailers: bytes) -> None:
+    def _end(self, call: _Call, trailers: bytes) -> bool:
         call.heard = 0.0
-        if self.connection.streams.get(call.id) is call and call.trailers is None:
-            self.connection.out.send_trailers(call, trailers if call.answering else HEADERS + trailers)
+        if self.connection.streams.get(call.id) is not call or call.trailers is not None:
+            return False
+        self.connection.out.send_trailers(call, trailers if call.answering else HEADERS + trailers)
+        return True

@@ -112,6 +112,8 @@ class Metrics:
         self._uploads = Gauge(
             "casfs_open_uploads", "Uploads that are going on.", registry=own, multiprocess_mode="livesum"
         )
+        self._open_uploads = 0
+        """Counted here, and shown when somebody asks: small ones come by the thousands a second."""
         self._actions = Counter(
             "casfs_actions", "Actions that were run, by what they ended with.", ("status", "exit"), registry=own
         )
@@ -152,7 +154,7 @@ class Metrics:
 
     def note_upload(self, change: int) -> None:
         """One more is open (1), or one less (-1)."""
-        self._uploads.inc(change)
+        self._open_uploads += change
 
     def note_collection(self, done: Collected) -> None:
         """A collection ended."""
@@ -180,6 +182,7 @@ class Metrics:
 
     def refresh(self) -> None:
         """Take down what waits in this process: when somebody asks, and now and then for those who ask another one."""
+        self._uploads.set(self._open_uploads)
         if self._overload is not None:
             for name, number in self._overload.pressure()._asdict().items():
                 self._waiting[name].set(number)

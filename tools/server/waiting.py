@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from tools.server.errors import TooSlow
@@ -40,7 +41,10 @@ class Waiting:
             with waiting_for(Reason.THREAD, work=work):
                 return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait([future])
+            # However often: a client breaks off when its deadline is over, and soon after it is over here, too.
+            while not future.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
             if not future.cancelled() and future.exception() is None:
                 dropped(future.result())
             raise

@@ -263,7 +263,8 @@ def test_an_upload_goes_on_where_it_broke_off(client: Client) -> None:
     assert client.query(name) == (0, False)
     assert client.write(digest, data[:MIB], upload="resumed", finish=False) == MIB
     assert client.query(name) == (MIB, False)
-    assert refused(lambda: client.write(digest, data[5:], upload="resumed", offset=5)) == "INVALID_ARGUMENT"
+    beyond = MIB + 1
+    assert refused(lambda: client.write(digest, data[beyond:], upload="resumed", offset=beyond)) == "INVALID_ARGUMENT"
     assert client.write(digest, data[MIB:], upload="resumed", offset=MIB) == len(data)
     assert client.query(name) == (len(data), True)
     assert client.read(digest) == data

@@ -307,6 +307,33 @@ def test_who_gives_up_while_it_waits_has_no_turn_and_costs_none() -> None:
     run(test)
 
 
+def test_what_waits_for_a_turn_is_only_who_still_does() -> None:
+    async def test(disk: Disk, gate: Gate, told: Told) -> None:
+        async def upload(client: gates.Client) -> None:
+            async with gate.turn(client, held=100):
+                await asyncio.sleep(60)
+
+        begun = gate._clock()
+        tasks = [asyncio.create_task(upload(client)) for client in (ONE, ONE, TWO, ONE)]
+        await until(lambda: gate.waiting_turns == 3)
+        last = asyncio.create_task(upload(TWO))
+        await until(lambda: gate.waiting_turns == 4)
+        oldest = gate.oldest()
+        assert oldest is not None and begun <= oldest
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.wait(tasks[1:])
+        assert (gate.waiting_turns, gate.load.calls, gate.load.bytes) == (1, 1, 100)
+        since = gate.oldest()
+        assert since is not None and since > oldest
+        for task in (last, tasks[0]):
+            task.cancel()
+            await asyncio.wait([task])
+        assert (gate.waiting_turns, gate.oldest()) == (0, None)
+
+    run(test)
+
+
 def test_a_turn_is_passed_on_also_by_who_is_cancelled_when_it_was_given() -> None:
     async def test(disk: Disk, gate: Gate, told: Told) -> None:
         first = gate.turn(ONE)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import random
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
@@ -291,6 +293,25 @@ def test_an_upload_that_broke_off_is_kept_for_a_while(
     assert (query(services, first), query(services, second)) == (0, 3)
     files = [path for path in store.layout.tmp.rglob("*") if path.is_file()]
     assert [path.stat().st_size for path in files] == [3]
+
+
+@pytest.mark.parametrize("compression", Compression)
+def test_who_was_told_of_less_than_is_here_goes_on_from_there(services: Services, compression: Compression) -> None:
+    data = random.Random(1).randbytes(1000)
+    sent = data if compression is Compression.IDENTITY else zstandard.compress(data)
+    name = ResourceName("", SHA256.of(data), compression, "u")
+    write_some(services, name, sent[:300])
+    call = services.bytestream.begin_write()
+    answer, at = None, 100
+    # What is here already ends in the middle of the second message.
+    for end in (250, 400, len(sent)):
+        request = bytestream.WriteRequest(
+            resource_name=str(name), write_offset=at, data=sent[at:end], finish_write=end == len(sent)
+        )
+        answer, at = call.feed(request), end
+    assert answer is not None
+    assert answer.committed_size == len(sent)
+    assert query(services, name) == len(data)
 
 
 def test_the_empty_blob_was_always_brought(services: Services) -> None:

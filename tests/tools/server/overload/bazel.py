@@ -36,11 +36,15 @@ class Patience(NamedTuple):
 
 @dataclass
 class Fate:
-    """Of the uploads of a build: `done`, or `failed`, each by what its last try ended with."""
+    """Of the uploads of a build: `done`, or `failed`, each by what its last try ended with.
+
+    `resumed`: tries that begin where one before them had come to.
+    """
 
     done: int = 0
     failed: dict[int, int] = field(default_factory=dict)
     tries: int = 0
+    resumed: int = 0
 
 
 class Upload(NamedTuple):
@@ -108,6 +112,7 @@ class Bazel:
         committed, left, wait = 0, patience.retries, patience.wait_least
         while True:
             self.fate.tries += 1
+            self.fate.resumed += committed > 0
             try:
                 await peer.call(methods.WRITE, *upload.messages(committed), seconds=patience.deadline)
                 break

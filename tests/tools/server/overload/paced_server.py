@@ -3,8 +3,9 @@
 Connections, turns, load, gate, calls and services are the real ones, and so is the
 store; what is modelled is what they cost. The loop pays for frames, for calls
 that are begun and for blobs that are settled; the store's threads take
-`sync` + n * `blob` seconds for a group. Bounds are smaller than the real ones as the
-calls are dearer, so what they hold lasts about as long.
+`sync` + n * `blob` seconds for a group, all others the loop's `thread_seconds`.
+Bounds are smaller than the real ones as the calls are dearer, so what they hold
+lasts about as long.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from store.errors import StoreError
 from store.repository import Store
 from tests.tools.server.overload.peer import Peer
 from tests.tools.server.overload.pipe import Pipe
-from tests.tools.server.overload.virtual_time import VirtualLoop
+from tests.tools.server.overload.virtual_time import VirtualLoop, VirtualThreads
 from tools.reapi import methods
 from tools.server.access import Anybody
 from tools.server.calls import Calls, Endpoint
@@ -233,6 +234,7 @@ class PacedServer:
             "turns taken": self.bounds.uploads - gate._free,
             "storing": self.storing.blobs,
             "storing bytes": self.storing.bytes,
+            "files": [str(path) for path in self.services.store.layout.tmp.rglob("*") if path.is_file()],
         }
         return {name: value for name, value in found.items() if value}
 
@@ -246,6 +248,7 @@ async def serving(
         Services(store) as services,
         patch("tools.server.gate._BLOBS_MOST", bounds.storing),
         patch("tools.server.storing._GROUP_BLOBS", bounds.group),
+        patch("tools.server.waiting.ThreadPoolExecutor", lambda *_: VirtualThreads(loop)),
     ):
         server = PacedServer(loop, services, costs, bounds)
         helpers = [loop.create_task(server.watch()), loop.create_task(server.http2._sweep())]
@@ -256,6 +259,8 @@ async def serving(
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, left
         assert not loop.timers, loop.timers
-        assert not server.leftovers()
+        services.desk.close()
+        remains = server.leftovers()
+        assert not remains, remains
         server.gate.close()
         server.calls.close()

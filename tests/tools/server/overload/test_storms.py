@@ -9,7 +9,8 @@ import pytest
 
 from store.errors import StoreUnusable
 from store.repository import Store
-from tests.tools.server.overload.bazel import Bazel, Patience, Upload, make_uploads
+from tests.tools.server.overload.bazel import Bazel, Fate, Patience, Upload, make_uploads
+from tests.tools.server.overload.paced_server import Costs
 from tests.tools.server.overload.peer import DEADLINE_EXCEEDED, Failed
 from tests.tools.server.overload.scenario import CALM_SECONDS, CONNECTIONS, PATIENCE, full_rate, world
 from tests.tools.server.overload.virtual_time import VirtualLoop, run_virtually
@@ -78,6 +79,24 @@ def test_a_new_client_gets_its_share_while_the_backlog_of_others_is_worked_off(s
     # One connection of those there are, with twenty uploads.
     fair = 20 * (CONNECTIONS + 1) / full_rate(store)
     assert run_virtually(main) <= 1.5 * fair
+
+
+@pytest.mark.parametrize(
+    ("size", "goes_on"), [pytest.param(150_000, False, id="gathered"), pytest.param(400_000, True, id="written")]
+)
+def test_uploads_piece_by_piece_that_break_off_leave_nothing(store: Store, size: int, goes_on: bool) -> None:
+    async def main(loop: VirtualLoop) -> Fate:
+        # So slow that most break off at their first try: while they wait for a turn, for a thread, or for messages.
+        async with world(store, loop, Costs(frame=0.01)) as here:
+            loop.thread_seconds = 1.0
+            bazel = here.bazel(4)
+            await bazel.upload_all(make_uploads(60, size))
+            return bazel.fate
+
+    fate = run_virtually(main)
+    assert (fate.done, fate.failed) == (60, {})
+    assert fate.tries > 60
+    assert (fate.resumed > 0) == goes_on
 
 
 def test_a_store_that_fails_is_told_to_all_and_forgotten_when_it_works_again(store: Store) -> None:

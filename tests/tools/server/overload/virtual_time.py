@@ -1,7 +1,8 @@
 """An event loop whose clock is a number: it jumps to the next timer, and moves where somebody charges for work.
 
 Nothing in it waits for anything real, so what runs in it is the same each time.
-What would run in a thread runs in the loop, and its result comes a while later.
+What would run in a thread runs in the loop, a while later: beside a real thread
+the clock would jump on as if its work took hours, or no time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -19,7 +22,7 @@ class Stuck(RuntimeError):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """`thread_seconds`: until the result comes of what runs in a thread."""
+    """`thread_seconds`: until what was given to a thread is done."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -34,32 +37,31 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """What runs now takes so long."""
         self.now += seconds
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
-        """Call it now, and say later what came of it."""
-        future: asyncio.Future[T] = self.create_future()
-        settle: Callable[[], None]
-        try:
-            result = func(*args)
-        except BaseException as error:  # noqa: BLE001 - it is the future's
-            raised = error
-
-            def settle() -> None:
-                if not future.done():
-                    future.set_exception(raised)
-        else:
-
-            def settle() -> None:
-                if not future.done():
-                    future.set_result(result)
-
-        self.call_later(self.thread_seconds, settle)
-        return future
-
     @property
     def timers(self) -> list[asyncio.TimerHandle]:
         """Those that will go off."""
         scheduled: Iterable[asyncio.TimerHandle] = getattr(self, "_scheduled")  # noqa: B009 - asyncio's own
         return [timer for timer in scheduled if not timer.cancelled()]
+
+
+class VirtualThreads(Executor):
+    """As many as are needed. They do all their work at the end of its time, and find what became of it meanwhile."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self._loop = loop
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        self._loop.call_later(self._loop.thread_seconds, _run, future, partial(fn, *args, **kwargs))
+        return future
+
+
+def _run(future: Future[T], call: Callable[[], T]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is the future's
+            future.set_exception(error)
 
 
 class _Jump(selectors.SelectSelector):
