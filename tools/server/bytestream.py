@@ -14,7 +14,7 @@ from tools.reapi.resource_names import Compression, ResourceName, parse_read, pa
 from tools.server.compression import expand
 from tools.server.desk import Desk, Transfer
 from tools.server.downloads import CompressedReader, Downloads, PlainReader, Reader
-from tools.server.errors import InvalidArgument, OutOfRange
+from tools.server.errors import InvalidArgument, OutOfRange, Overtaken
 from tools.server.requests import Instances
 
 _QUICK_BYTES = 64 << 10
@@ -91,7 +91,7 @@ class ByteStream:
         return not self._presence.find_absent((as_name(name.digest),), may_wait=may_wait)
 
     def open_transfer(self, name: ResourceName, offset: int) -> Transfer:
-        """The upload, begun anew or where it broke off. Raises InvalidArgument, NoSpace.
+        """The upload, begun anew or where it broke off. Raises Overtaken, NoSpace.
 
         More of it may be here than `offset`: a call that broke off still takes the message that it has, and its client
         may have asked how much is here before that.
@@ -106,7 +106,7 @@ class ByteStream:
                 parked.upload.discard()
         if offset:
             there = parked.received if parked is not None else 0
-            raise InvalidArgument(f"a first write_offset of {offset}, where {there} bytes are here")
+            raise Overtaken(f"a first write_offset of {offset}, where {there} bytes are here")
         return self._desk.begin(name)
 
     def complete(self, transfer: Transfer) -> None:

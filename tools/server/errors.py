@@ -8,6 +8,7 @@
     ├── PermissionDenied      this client may not, or this server doesn't
     ├── Exhausted             a limit of this server is reached
     ├── FailedPrecondition    something else has to come first; `missing` says which blobs
+    ├── Overtaken             what it goes on with is no longer here; it may be begun anew
     ├── TooLarge              more bytes than this server takes at a time
     ├── Unsized               a body whose length isn't said where it has to be
     ├── BadEncoding           bytes that are encoded in a way this server doesn't know
@@ -67,6 +68,10 @@ class FailedPrecondition(ServeError):
         """`missing`: blobs to upload before it is tried again."""
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+class Overtaken(ServeError):
+    """What the request goes on with is no longer here, or still held by another; it may be begun anew."""
 
 
 class TooLarge(ServeError):

@@ -20,6 +20,7 @@ _OF_ERRORS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
 _OF_CODES = {
     codes.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
     codes.FAILED_PRECONDITION: HTTPStatus.CONFLICT,
+    codes.ABORTED: HTTPStatus.CONFLICT,
     codes.NOT_FOUND: HTTPStatus.NOT_FOUND,
     codes.OUT_OF_RANGE: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     codes.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,

@@ -25,6 +25,8 @@ _TABLE: tuple[tuple[type[Exception], codes.Code], ...] = (
     (errors.PermissionDenied, codes.PERMISSION_DENIED),
     (errors.Exhausted, codes.RESOURCE_EXHAUSTED),
     (errors.FailedPrecondition, codes.FAILED_PRECONDITION),
+    # Clients try again, and ask how much is here before.
+    (errors.Overtaken, codes.ABORTED),
     (errors.TooLarge, codes.INVALID_ARGUMENT),
     (errors.Unsized, codes.INVALID_ARGUMENT),
     (errors.BadEncoding, codes.INVALID_ARGUMENT),

@@ -264,7 +264,7 @@ def test_an_upload_goes_on_where_it_broke_off(client: Client) -> None:
     assert client.write(digest, data[:MIB], upload="resumed", finish=False) == MIB
     assert client.query(name) == (MIB, False)
     beyond = MIB + 1
-    assert refused(lambda: client.write(digest, data[beyond:], upload="resumed", offset=beyond)) == "INVALID_ARGUMENT"
+    assert refused(lambda: client.write(digest, data[beyond:], upload="resumed", offset=beyond)) == "ABORTED"
     assert client.write(digest, data[MIB:], upload="resumed", offset=MIB) == len(data)
     assert client.query(name) == (len(data), True)
     assert client.read(digest) == data
@@ -296,7 +296,7 @@ def test_a_stream_that_contradicts_itself_is_refused(client: Client) -> None:
     first = bytestream.WriteRequest(resource_name=name, data=data[:500])
     assert write(first, bytestream.WriteRequest(write_offset=499, data=data[500:])) == "INVALID_ARGUMENT"
     assert write(first, bytestream.WriteRequest(resource_name="other", write_offset=500)) == "INVALID_ARGUMENT"
-    assert write(bytestream.WriteRequest(resource_name=name, write_offset=7)) == "INVALID_ARGUMENT"
+    assert write(bytestream.WriteRequest(resource_name=name, write_offset=7)) == "ABORTED"
     assert write() == "INVALID_ARGUMENT"
 
 
