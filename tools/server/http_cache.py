@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -266,11 +266,9 @@ def _content(descriptor: int, size: int, etag: str, may_wait: bool) -> Content:
     """Takes the descriptor over."""
     if size > SMALL:
         return Content(size, etag, descriptor=descriptor)
-    reader = PlainReader(descriptor, 0, size)
-    try:
-        return Content(size, etag, reader.read(may_wait=may_wait))
-    finally:
-        reader.close()
+    with closing(PlainReader(descriptor, 0, size)) as reader:
+        # In more than one piece where the page cache has only its beginning.
+        return Content(size, etag, b"".join(iter(partial(reader.read, may_wait=may_wait), b"")))
 
 
 class _Nothing:
