@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--http-validate-ac",
         action="store_true",
         default=None,
-        help="over HTTP, take for results of actions only whole ones; else whatever comes (as ccache needs it)",
+        help="over HTTP, take only ActionResults, and answer with whole ones; else whatever comes (as ccache needs it)",
     )
     parser.add_argument(
         "--http-name",

@@ -278,7 +278,10 @@ class Calls:
         try:
             with closing(self._stream.open_read(request, may_wait=False)) as reader:
                 if reader.left is not None and reader.left <= _SMALL_BYTES:
-                    return reader.read(may_wait=False, head=_head_of_piece) or None
+                    message = reader.read(may_wait=False, head=_head_of_piece)
+                    if not reader.left:
+                        return message or None
+                    # The page cache has only its beginning.
         except WouldWait:
             pass
         return self._read_on(request, context)

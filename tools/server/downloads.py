@@ -162,9 +162,13 @@ class Downloads:
         """A whole blob, of at most a piece, without waiting. Raises WouldWait."""
         descriptor = self.open_quick(digest)
         try:
-            return _read_now(descriptor, min(digest.size, PIECE), 0)
+            size = min(digest.size, PIECE)
+            data = _read_now(descriptor, size, 0)
         finally:
             os.close(descriptor)
+        if len(data) != size:
+            raise WouldWait  # the page cache has only its beginning
+        return data
 
     def _open_present(self, digest: Digest) -> int:
         try:

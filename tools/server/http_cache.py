@@ -8,8 +8,8 @@ end. No bytes have a given hash by both.
 ``ac/`` what is no ActionResult. So they lie under instances of their own, which
 no gRPC client can name ("blobs" is no part of an instance's name), and can't
 be taken for results. With `validate` they are what `tools.server.actions`
-has: a PUT needs an ActionResult all of whose blobs are here, a GET is a hit if
-they still are.
+has: a PUT needs an ActionResult, a GET is a hit if all blobs that it names are
+here.
 
 What comes in goes through *intakes*, one around the other: a bound, perhaps
 zstd, then the store. One thread at a time uses an intake; all others are shared.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -36,7 +36,7 @@ from tools.server.actions import ActionResults
 from tools.server.compression import Expander
 from tools.server.desk import Desk
 from tools.server.downloads import Downloads, PlainReader
-from tools.server.errors import InvalidArgument, NotAllowed, NotThere, TooLarge
+from tools.server.errors import NotAllowed, NotThere, TooLarge
 from tools.server.http_names import CacheName, Kind
 from tools.server.read_through import Actions
 from tools.server.requests import Instances, write_digest
@@ -155,20 +155,23 @@ class HttpCache:
         raise NotThere(f"no result of action {name.hash.hex()}, or not all of its outputs")
 
     def _put_result(self, name: CacheName, message: bytes) -> None:
-        """Store a result by the function by which all that it names can be had. Raises InvalidArgument."""
+        """Store a result by the function by which all that it names can be had; by both where something isn't here yet.
+
+        Bazel uploads a blob once: where two actions have an output in common, the result of one comes while what the
+        other uploads is still on its way. It becomes a hit when all has come. Raises BadDigest.
+        """
         result = reapi.ActionResult.FromString(message)
-        for action in _actions(name):
-            if self._results.names_what_can_be_had(action, name.instance, message):
-                self._service.update(
-                    reapi.UpdateActionResultRequest(
-                        instance_name=name.instance,
-                        action_digest=write_digest(action),
-                        action_result=result,
-                        digest_function=reapi.DigestFunction.Value.Name(action.function),
-                    )
+        actions = _actions(name)
+        whole = [action for action in actions if self._results.names_what_can_be_had(action, name.instance, message)]
+        for action in whole[:1] or actions:
+            self._service.update(
+                reapi.UpdateActionResultRequest(
+                    instance_name=name.instance,
+                    action_digest=write_digest(action),
+                    action_result=result,
+                    digest_function=reapi.DigestFunction.Value.Name(action.function),
                 )
-                return
-        raise InvalidArgument(f"not all that the result of {name.hash.hex()} names is here: upload its outputs first")
+            )
 
     def _get_opaque(self, key: bytes) -> Content:
         descriptor = self._actions.open(key)
@@ -263,11 +266,9 @@ def _content(descriptor: int, size: int, etag: str, may_wait: bool) -> Content:
     """Takes the descriptor over."""
     if size > SMALL:
         return Content(size, etag, descriptor=descriptor)
-    reader = PlainReader(descriptor, 0, size)
-    try:
-        return Content(size, etag, reader.read(may_wait=may_wait))
-    finally:
-        reader.close()
+    with closing(PlainReader(descriptor, 0, size)) as reader:
+        # In more than one piece where the page cache has only its beginning.
+        return Content(size, etag, b"".join(iter(partial(reader.read, may_wait=may_wait), b"")))
 
 
 class _Nothing:

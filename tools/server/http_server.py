@@ -7,7 +7,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Set
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, cast
@@ -50,11 +50,17 @@ _BREAK_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """What one client can take: bytes of one header field and of the request line, fields, seconds of silence."""
+    """What one client can take: bytes of one header field and of the request line, fields, seconds of silence.
+
+    `kept_seconds`: of silence between two requests. Who closes a connection may do so just as the other side sends its
+    next request, which is lost then: Bazel doesn't repeat it, and the action whose result it was storing runs again in
+    the next build. Clients close what they don't need, Bazel when a build ends: this is for what they forget.
+    """
 
     header_bytes: int = 16 << 10
     fields: int = 64
     idle_seconds: float = 60.0
+    kept_seconds: float = 3600.0
 
     def options(self) -> dict[str, Any]:
         """As aiohttp takes them."""
@@ -62,7 +68,7 @@ class HttpLimits:
             "max_line_size": self.header_bytes,
             "max_field_size": self.header_bytes,
             "max_headers": self.fields,
-            "keepalive_timeout": self.idle_seconds,
+            "keepalive_timeout": self.kept_seconds,
             "lingering_time": _LINGER_SECONDS,
             "read_bufsize": _READ_BYTES,
             # Ours knows how much may come.
@@ -73,28 +79,57 @@ class HttpLimits:
 
 
 class _Connection(RequestHandler):
-    """One that ends if its first request doesn't come; aiohttp itself only looks after those between requests."""
+    """One that ends if a head doesn't come: the first, or one that has begun. aiohttp itself only minds silence."""
 
-    __slots__ = ("asked", "number", "patience")
+    __slots__ = ("_answering", "_head", "number", "patience")
 
     def __init__(self, manager: web.Server, patience: float, **options: Any) -> None:
         super().__init__(manager, **options)
-        self.asked = False
         self.number = next(_numbers)
         self.patience = patience
+        self._answering = False
+        self._head: asyncio.TimerHandle | None = None
+        """Ends the connection; set while a head is waited for."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Have the kernel end it, too, when the other side takes nothing more."""
+        """Have the kernel end it, too, when the other side takes nothing more, or is no longer there."""
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
         if connection is not None:
             with suppress(OSError):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.patience * 1000))
-        asyncio.get_running_loop().call_later(self.patience, self._check)
+                # aiohttp has it asked whether it is there, but only after two hours.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(self.patience)))
+        self._await_head()
 
-    def _check(self) -> None:
-        if not self.asked:
-            self.force_close()
+    def data_received(self, data: bytes) -> None:
+        """Take what has come: the body of the request that is being answered, or a head."""
+        if not self._answering and self._head is None:
+            self._await_head()
+        super().data_received(data)
+
+    def _await_head(self) -> None:
+        self._head = asyncio.get_running_loop().call_later(self.patience, self.force_close)
+
+    def _have_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """A request has come, and is being answered."""
+        self._have_head()
+        self._answering = True
+        try:
+            yield
+        finally:
+            self._answering = False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Wait for nothing more."""
+        self._have_head()
+        super().connection_lost(exc)
 
 
 class _Server(web.Server):
@@ -142,13 +177,13 @@ class HttpServer:
         self._draining = False
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        cast("_Connection", request.protocol).asked = True
         now = asyncio.get_running_loop().time()
         number = next(_numbers)
         self._requests[number] = _Request(request, asyncio.current_task(), now)
         self._idle.clear()
         try:
-            response = await self._adapter.handle(request)
+            with cast("_Connection", request.protocol).answering():
+                response = await self._adapter.handle(request)
         finally:
             del self._requests[number]
             if not self._requests:

@@ -270,13 +270,25 @@ def test_validated_results_are_whole_ones_and_the_same_as_over_grpc(casfs: Casfs
             client.put_result(other, result, "main")
             assert web("GET", f"/main/ac/{other.hex}").status == 200
             assert web("GET", f"/ac/{other.hex}").status == 404
-        lacking = reapi.ActionResult(
-            output_files=[reapi.OutputFile(path="o", digest=write_digest(SHA256.of(b"never uploaded")))]
-        )
-        for body in (lacking.SerializeToString(), b"\xff no message"):
+        malformed = reapi.ActionResult(output_files=[reapi.OutputFile(path="o", digest=reapi.Digest(hash="no hash"))])
+        for body in (malformed.SerializeToString(), b"\xff no message"):
             assert web("PUT", f"/ac/{ABSENT}", body).status == 400
         assert web("GET", f"/ac/{ABSENT}").status == 404
         assert web("PUT", f"/ac/{ABSENT}", bytes(17 << 20)).status == 413
+
+
+@pytest.mark.parametrize("function", [SHA256, BLAKE3])
+def test_a_validated_result_may_come_before_its_outputs(casfs: Casfs, function: DigestFunction) -> None:
+    first, second = b"the output of this action alone", b"one that Bazel uploads for another action"
+    action = function.of(b"an action")
+    outputs = [reapi.OutputFile(path="o", digest=write_digest(function.of(data))) for data in (first, second)]
+    body = reapi.ActionResult(output_files=outputs).SerializeToString()
+    with running(casfs, *HTTP, "--http-validate-ac") as server, HttpClient(server) as web:
+        web.put_blob(first, function)
+        assert web("PUT", f"/ac/{action.hex}", body).status == 200
+        assert web("GET", f"/ac/{action.hex}").status == 404
+        web.put_blob(second, function)
+        assert web("GET", f"/ac/{action.hex}").body == body
 
 
 def test_a_result_whose_output_is_gone_is_a_miss(casfs: Casfs) -> None:

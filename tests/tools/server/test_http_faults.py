@@ -202,13 +202,51 @@ def test_a_client_that_sends_nothing_for_long_is_given_up(casfs: Casfs) -> None:
     with running(casfs, *HTTP, "--idle-timeout", "1s") as server:
         with raw(server, put_head(ABSENT, 100) + b"never the rest") as connection:
             assert read_all(connection).startswith(b"HTTP/1.1 408 ")
-        # Half a head, no head, nothing after an answer.
-        for text in (b"GET / HT", b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        # Half a head, no head.
+        for text in (b"GET / HT", b""):
             with raw(server, text) as connection:
                 begun = time.monotonic()
                 read_all(connection)
                 assert time.monotonic() - begun < 10
+        # Half a head after an answer.
+        with raw(server, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(b"GET / HT")
+            assert read_all(connection) == b""
         wait_for(lambda: not files_in_tmp(casfs))
+
+
+def test_a_connection_is_kept_for_its_next_request(casfs: Casfs) -> None:
+    with running(casfs, *HTTP, "--idle-timeout", "1s") as server, HttpClient(server) as web:
+        assert web("GET", "/healthz").status == 200
+        with raw(server, b"") as later:
+            # Given up after the idle time, which began when the other one was idle already.
+            assert read_all(later) == b""
+        assert web("GET", "/healthz").status == 200
+
+
+def test_a_client_that_is_no_longer_there_is_found_out_by_the_kernel(casfs: Casfs) -> None:
+    with running(casfs, *HTTP, "--idle-timeout", "9s") as server, HttpClient(server) as web:
+        assert web("GET", "/healthz").status == 200
+        port = web.connection.sock.getsockname()[1]
+        # Another kind until the answer is acknowledged.
+        wait_for(lambda: read_timer(server, port)[0] == KEEPALIVE)
+        assert read_timer(server, port)[1] <= 9 * os.sysconf("SC_CLK_TCK")
+
+
+KEEPALIVE = 2
+"""The kind of timer by which the kernel asks whether the other side is there."""
+
+
+def read_timer(server: Server, port: int) -> tuple[int, int]:
+    """Of the server's end of the connection that comes from a port: the kind of its timer, and when it will be due."""
+    own = int(server.http_address.rpartition(":")[2])
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if [int(address.rpartition(":")[2], 16) for address in fields[1:3]] == [own, port]:
+            kind, _, ticks = fields[5].partition(":")
+            return int(kind, 16), int(ticks, 16)
+    pytest.fail("there is no such connection")
 
 
 def test_a_client_that_takes_nothing_is_given_up(casfs: Casfs) -> None:

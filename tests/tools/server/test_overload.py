@@ -24,6 +24,7 @@ from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.resource_names import ResourceName
 from tools.server import gate, load, storing
 from tools.server.gate import Client, Gate
+from tools.server.http_server import HttpLimits
 from tools.server.load import Load
 from tools.server.metrics import _WAITING, Metrics, Sizes
 from tools.server.overload import CLEAR_SECONDS, Overload, Pressure
@@ -278,6 +279,7 @@ def test_the_page_for_operators_has_the_bounds_of_the_code() -> None:
         ("small blobs in one sync", f"{storing._GROUP_BLOBS}, {storing._GROUP_BYTES >> 20} MiB"),
         ("one message", f"{settings.serve_max_message >> 20} MiB"),
         ("silence in a stream, or of a client that takes no answer", f"{settings.serve_idle_timeout} s"),
+        ("silence between two requests over HTTP", f"{HttpLimits().kept_seconds / 60:g} min"),
     ):
         for bound in bounds:
             assert f"| {what} | {bound}" in text, (what, bound)
