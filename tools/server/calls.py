@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from google.protobuf.message import Message
 
 from store.digest import Digest
+from store.errors import StoreUnusable
 from store.presence import WouldWait
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
@@ -316,7 +317,10 @@ class Calls:
             return batch.answer()
 
         def answer() -> None:
-            call.answer(batch.answer())
+            try:
+                call.answer(batch.answer())
+            except StoreUnusable as error:
+                call.fail(error)
 
         for number in batch.blobs:
             self._add(batch, number, call, answer)
@@ -341,6 +345,8 @@ class Calls:
         digest, data = batch.blobs[number]
 
         def settle(refused: Exception | None) -> None:
+            if refused is None:
+                self._cas.note(digest)
             if batch.settle(number, refused):
                 answer()
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from google.protobuf.message import DecodeError
 
 from store.digest import Digest, DigestFunction
-from store.errors import MissingBlob, StoreError
-from store.presence import Finder, Name, Presence, WouldWait
+from store.errors import MissingBlob, StoreError, StoreUnusable
+from store.presence import Finder, Name, Presence, WouldWait, as_name
 from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.wire import read_find_missing, write_batch_read
 from tools.server.capabilities import MAX_BATCH_BYTES
@@ -63,7 +63,18 @@ class Batch:
         return not self.left
 
     def answer(self) -> bytes:
-        """A BatchUpdateBlobsResponse, with a status for each. What isn't refused is durable."""
+        """A BatchUpdateBlobsResponse, with a status for each. What isn't refused is durable.
+
+        Raises StoreUnusable if that is why nothing of it could be stored: clients
+        try a call again that failed so, and few of them a blob of a batch.
+        """
+        refusals = list(self.refused.values())
+        if (
+            refusals
+            and len(refusals) == len(self.spellings)
+            and all(isinstance(one, StoreUnusable) for one in refusals)
+        ):
+            raise refusals[0]
         response = reapi.BatchUpdateBlobsResponse()
         for number, digest in enumerate(self.spellings):
             answer = response.responses.add(digest=digest)
@@ -117,7 +128,11 @@ class ContentAddressableStorage:
         ).SerializeToString()
 
     def read_batch(self, request: reapi.BatchUpdateBlobsRequest) -> Batch:
-        """The blobs of a batch that may be stored. Raises what is wrong with all of it."""
+        """The blobs of a batch that are to be stored. Raises what is wrong with all of it.
+
+        What was lately stored here, or found, isn't stored again: a batch comes
+        anew when its client gave up waiting for it, and most of it is here by then.
+        """
         self._instances.check(request.instance_name)
         function = get_function(request.digest_function, (item.digest.hash for item in request.requests))
         _check_total(sum(max(len(item.data), item.digest.size_bytes) for item in request.requests))
@@ -125,11 +140,16 @@ class ContentAddressableStorage:
         for number, item in enumerate(request.requests):
             try:
                 digest = read_digest(item.digest, function)
-                batch.blobs[number] = digest, _plain(item, digest)
+                if not self._presence.remembers(as_name(digest)):
+                    batch.blobs[number] = digest, _plain(item, digest)
             except (ServeError, StoreError) as error:
                 batch.refused[number] = error
         batch.left = len(batch.blobs)
         return batch
+
+    def note(self, digest: Digest) -> None:
+        """The blob has become durable."""
+        self._presence.note([as_name(digest)])
 
     def batch_read(self, request: reapi.BatchReadBlobsRequest, *, may_wait: bool = True) -> bytes:
         """Blobs, and a status for each: a BatchReadBlobsResponse, serialized."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
+import grpc
 import pytest
 
+from store.digest import Digest
+from store.errors import StoreError, StoreUnusable
 from store.repository import Store
+from store.uploads import Uploads
 from tests.tools.server.conftest import SHA256, Client
 from tests.tools.server.odd import serving
 from tools.reapi import methods
@@ -117,3 +122,52 @@ def test_what_has_thousands_of_parts_is_not_taken_apart_in_the_loop(
         assert client.call(methods.GET_ACTION_RESULT, get) == result
     assert len(noted) == 4
     assert all(thread.startswith("serve") for thread in noted.values()), noted
+
+
+def batch_of(count: int) -> reapi.BatchUpdateBlobsRequest:
+    """Blobs that differ."""
+    request = reapi.BatchUpdateBlobsRequest()
+    for number in range(count):
+        data = b"%d" % number
+        request.requests.add(digest=write_digest(SHA256.of(data)), data=data)
+    return request
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_a_batch_that_comes_anew_is_answered_and_not_stored_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    stored: list[int] = []
+    real = Uploads.add_all
+
+    def add_all(self: Uploads, blobs: Sequence[tuple[Digest, bytes]]) -> list[StoreError | None]:
+        stored.append(len(blobs))
+        return real(self, blobs)
+
+    monkeypatch.setattr(Uploads, "add_all", add_all)
+    with serving(store) as url, closing(Client(url.removeprefix("grpc://"))) as client:
+        # What is here is remembered from the first question on, with which clients begin.
+        assert client.missing([SHA256.of(b"0")])
+        for _ in range(2):
+            answer = client.call(methods.BATCH_UPDATE_BLOBS, batch_of(count))
+            assert [item.status.code for item in answer.responses] == [0] * count
+    assert sum(stored) == count
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_a_batch_of_which_nothing_could_be_stored_fails_as_a_call(
+    store: Store, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    def add_all(_: Uploads, blobs: Sequence[tuple[Digest, bytes]]) -> list[StoreError | None]:
+        return [None if data == kept else StoreUnusable("the disk is gone") for _, data in blobs]
+
+    kept = b""
+    monkeypatch.setattr(Uploads, "add_all", add_all)
+    with serving(store) as url, closing(Client(url.removeprefix("grpc://"))) as client:
+        with pytest.raises(grpc.RpcError) as failed:
+            client.call(methods.BATCH_UPDATE_BLOBS, batch_of(count))
+        assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+        kept = b"7"
+        answer = client.call(methods.BATCH_UPDATE_BLOBS, batch_of(count))
+    assert {number for number, item in enumerate(answer.responses) if not item.status.code} == {7}
+    assert answer.responses[0].status.code == codes.UNAVAILABLE

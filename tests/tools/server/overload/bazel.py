@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from store.digest import Digest, DigestFunction
 from tests.tools.server.overload.peer import OK, Failed, Peer
@@ -17,34 +17,53 @@ from tools.reapi.generated import remote_execution_pb2 as reapi
 from tools.reapi.resource_names import Compression, ResourceName
 
 _PIECE = 16 << 10
-_RETRIED = (1, 2, 4, 8, 10, 13, 14)
+TRANSIENT = frozenset((1, 2, 4, 8, 10, 13, 14))
 """CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED, INTERNAL, UNAVAILABLE."""
 
 
 class Patience(NamedTuple):
-    """`deadline` 0: none. Seconds; retries without progress."""
+    """`deadline` 0: none. Seconds; retries without progress. Unless another client is said, it is Bazel's.
+
+    `spread`: what a wait is multiplied with, by chance. `retried`: codes.
+    """
 
     deadline: float = 60.0
     wait_least: float = 0.1
     wait_most: float = 5.0
     retries: int = 5
+    growth: float = 2.0
+    spread: tuple[float, float] = (0.9, 1.1)
+    retried: frozenset[int] = TRANSIENT
 
     def shorter(self, factor: float) -> Patience:
         """In a world that is so many times as fast."""
-        return Patience(self.deadline / factor, self.wait_least / factor, self.wait_most / factor, self.retries)
+        return self._replace(
+            deadline=self.deadline / factor, wait_least=self.wait_least / factor, wait_most=self.wait_most / factor
+        )
+
+    def waits(self, chance: random.Random) -> Iterator[float]:
+        """Before each further try; at their end it gives up."""
+        wait = self.wait_least
+        for _ in range(self.retries):
+            yield wait * chance.uniform(*self.spread)
+            wait = min(self.growth * wait, self.wait_most)
 
 
 @dataclass
 class Fate:
     """Of the uploads of a build: `done`, or `failed`, each by what its last try ended with.
 
-    `resumed`: tries that begin where one before them had come to.
+    `tries`: calls. `resumed`: those of them that begin where one before had come to.
     """
 
     done: int = 0
     failed: dict[int, int] = field(default_factory=dict)
     tries: int = 0
     resumed: int = 0
+
+    def fail(self, code: int, uploads: int = 1) -> None:
+        """So many ended with that."""
+        self.failed[code] = self.failed.get(code, 0) + uploads
 
 
 class Upload(NamedTuple):
@@ -85,31 +104,38 @@ def make_uploads(count: int, size: int = 200, seed: int = 0) -> list[Upload]:
     return uploads
 
 
+async def together(what: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All at once; nothing of it is left."""
+    tasks = [asyncio.ensure_future(one) for one in what]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Bazel:
     """Some connections, and uploads over them."""
 
-    def __init__(self, loop: VirtualLoop, peers: Sequence[Peer], patience: Patience, seed: int = 0) -> None:
+    def __init__(
+        self, loop: VirtualLoop, peers: Sequence[Peer], patience: Patience, seed: int = 0, fate: Fate | None = None
+    ) -> None:
         self.loop = loop
         self.peers = peers
         self.patience = patience
-        self.fate = Fate()
+        self.fate = fate or Fate()
         self._chance = random.Random(seed)
 
     async def upload_all(self, uploads: Sequence[Upload]) -> None:
         """All at once."""
         peers = self.peers
-        tasks = [self.loop.create_task(self.upload(peers[n % len(peers)], up)) for n, up in enumerate(uploads)]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await together(self.upload(peers[n % len(peers)], up) for n, up in enumerate(uploads))
 
     async def upload(self, peer: Peer, upload: Upload) -> None:
         """Bazel's ByteStreamUploader: a query after each failure that may be retried, and again from there."""
         patience, size = self.patience, len(upload.data)
-        committed, left, wait = 0, patience.retries, patience.wait_least
+        committed, waits = 0, patience.waits(self._chance)
         while True:
             self.fate.tries += 1
             self.fate.resumed += committed > 0
@@ -118,7 +144,8 @@ class Bazel:
                 break
             except Failed as failed:
                 code = failed.code
-            if code in _RETRIED:
+            pause = None
+            if code in patience.retried:
                 try:
                     here = await self._query(peer, upload)
                 except Failed:
@@ -127,17 +154,12 @@ class Bazel:
                     code = OK
                     break
                 if here > committed:
-                    committed, left, wait = here, patience.retries, patience.wait_least
-                else:
-                    committed = here
-            else:
-                left = 0
-            if not left:
-                self.fate.failed[code] = self.fate.failed.get(code, 0) + 1
+                    waits = patience.waits(self._chance)
+                committed, pause = here, next(waits, None)
+            if pause is None:
+                self.fate.fail(code)
                 return
-            left -= 1
-            await asyncio.sleep(wait * self._chance.uniform(0.9, 1.1))
-            wait = min(2 * wait, patience.wait_most)
+            await asyncio.sleep(pause)
         self.fate.done += 1
 
     async def _query(self, peer: Peer, upload: Upload) -> int:
@@ -175,7 +197,7 @@ class Asker:
             try:
                 await peer.call(methods.FIND_MISSING_BLOBS, question, seconds=patience.deadline)
             except Failed as failed:
-                if failed.code not in _RETRIED:
+                if failed.code not in patience.retried:
                     raise
                 await asyncio.sleep(wait * self._chance.uniform(0.9, 1.1))
                 wait = min(2 * wait, patience.wait_most)

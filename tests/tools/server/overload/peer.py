@@ -17,7 +17,7 @@ from tools.http2.frames import ErrorCode
 from tools.http2.hpack import Decoder, encode
 from tools.reapi.methods import Method
 
-OK, CANCELLED, DEADLINE_EXCEEDED, UNAVAILABLE = 0, 1, 4, 14
+OK, CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE = 0, 1, 4, 8, 14
 _PREFIX = Struct(">BI")
 _GREETING = frames.PREFACE + frames.settings({frames.INITIAL_WINDOW_SIZE: 1 << 20}) + frames.window_update(0, 1 << 30)
 _WIDE = frames.window_update(0, 1 << 20)
@@ -129,7 +129,7 @@ class Peer:
         while sent.body:
             part = sent.body[0]
             size = min(len(part), sent.window, self._window)
-            if not size or not pipe.is_writable:
+            if size <= 0 or not pipe.is_writable:
                 self._blocked[sent.stream] = sent
                 return
             if size < len(part):
@@ -189,7 +189,12 @@ class Peer:
                 sent.done.set_exception(Failed(CANCELLED, f"reset with {frames.read_number(payload, 0)[0]}"))
         elif kind == frames.SETTINGS and not flags & frames.ACK:
             settings = dict(frames.read_settings(payload))
-            self._stream_window = settings.get(frames.INITIAL_WINDOW_SIZE, self._stream_window)
+            more = settings.get(frames.INITIAL_WINDOW_SIZE, self._stream_window) - self._stream_window
+            self._stream_window += more
+            for sent in self._calls.values():
+                # A call may have begun before the server's settings came; then its window may be less than nothing.
+                sent.window += more
+            self._push_all()
             self._streams_most = settings.get(frames.MAX_CONCURRENT_STREAMS, self._streams_most)
             self._begin_waiting()
             self.pipe.send(frames.frame(frames.SETTINGS, frames.ACK, 0))

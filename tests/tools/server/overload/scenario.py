@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 
 from store.repository import Store
 from tests.tools.server.overload.bazel import Bazel, Calm, Fate, Patience, make_uploads
+from tests.tools.server.overload.clients import BAZEL, Fleet, Way
 from tests.tools.server.overload.paced_server import BOUNDS, COSTS, Bounds, Costs, PacedServer, Peak, serving
 from tests.tools.server.overload.peer import Peer
 from tests.tools.server.overload.virtual_time import VirtualLoop, run_virtually
 
 CALM_SECONDS = 1.0
 """In which whoever wants little has an answer, always."""
-CONNECTIONS = 20
+CONNECTIONS = BAZEL.connections
 FAST = 10.0
-PATIENCE = Patience().shorter(FAST)
+WAY = BAZEL.faster(FAST)
+PATIENCE = WAY.patience
 
 
 @dataclass
@@ -57,6 +59,10 @@ class World:
         """A client with connections of its own."""
         return Bazel(self.loop, [self.connect() for _ in range(connections)], patience, seed)
 
+    def fleet(self, way: Way) -> Fleet:
+        """Clients of that kind."""
+        return Fleet(self.loop, self.connect, way)
+
     async def depart(self) -> None:
         """All clients close, and what they left is done."""
         for peer in self.peers:
@@ -87,7 +93,7 @@ def overload(
     count: int,
     *,
     seconds: float,
-    patience: Patience = PATIENCE,
+    way: Way = WAY,
     costs: Costs = COSTS,
     bounds: Bounds = BOUNDS,
     size: int = 200,
@@ -96,19 +102,19 @@ def overload(
 
     async def main(loop: VirtualLoop) -> Outcome:
         async with world(store, loop, costs, bounds) as here:
-            bazel, server = here.bazel(patience=patience), here.server
+            fleet, server = here.fleet(way), here.server
             try:
                 async with asyncio.timeout(seconds):
-                    await bazel.upload_all(make_uploads(count, size))
+                    await fleet.upload_all(make_uploads(count, size))
             except TimeoutError:
                 pass
             stored = len(server.stored)
             last = max(server.stored.values()) if stored == count else loop.time()
-            return Outcome(stored / last, stored, bazel.fate, server.peak, here.calm.latencies)
+            return Outcome(stored / last, stored, fleet.fate, server.peak, here.calm.latencies)
 
     return run_virtually(main)
 
 
-def full_rate(store: Store, costs: Costs = COSTS) -> float:
+def full_rate(store: Store, costs: Costs = COSTS, way: Way = WAY) -> float:
     """The most that the server can do: uploads a second of clients that wait as long as it takes."""
-    return overload(store, 400, seconds=1000, patience=Patience(0), costs=costs).rate
+    return overload(store, 400, seconds=1000, way=way.forever(), costs=costs).rate

@@ -42,13 +42,6 @@ def test_as_much_is_stored_as_can_be_whatever_is_wanted(store: Store, load: floa
     assert outcome.peak.unparsed <= (CONNECTIONS + 1) * READ_BYTES
 
 
-@pytest.mark.parametrize("load", [2, 5])
-def test_every_upload_succeeds_in_the_end(store: Store, load: float) -> None:
-    count = int(load * PATIENCE.deadline * most(COSTS))
-    outcome = overload(store, count, seconds=12 * PATIENCE.deadline)
-    assert (outcome.fate.done, outcome.fate.failed) == (count, {})
-
-
 @pytest.mark.parametrize(
     "load",
     [
