@@ -52,11 +52,24 @@ def check_plain(address: Address, secure: str = "") -> None:
         )
 
 
+ACCEPTED_MOST = 16
+"""Connections that are accepted between two looks at the other sockets."""
+
+
 def listen(address: Address) -> socket.socket:
     """A socket that listens there beside those of other processes. Raises OSError."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     everywhere = address.host == "::" and socket.has_dualstack_ipv6()
     return socket.create_server((address.host, address.port), family=family, reuse_port=True, dualstack_ipv6=everywhere)
+
+
+def keep_waiting(listening: socket.socket) -> None:
+    """Have the kernel keep all connections that it may until they are accepted.
+
+    asyncio has it keep only as many as it accepts at a time, and while it accepts
+    thousands nobody else is answered.
+    """
+    listening.listen(socket.SOMAXCONN)
 
 
 def reserve(address: Address) -> tuple[socket.socket, Address]:

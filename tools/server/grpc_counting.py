@@ -36,8 +36,10 @@ class GrpcCounting:
 
         def begin(request: Any, context: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
             call = _Counted(context, request, partial(self._note_later, method))
+            if not isinstance(request, bytes):
+                request = _CountedMessages(request, call)
             try:
-                answer = endpoint.begin(call.request, call)
+                answer = endpoint.begin(request, call)
             except Exception as error:
                 self._note(method, call, codes.Code.Name(find_code(error)), None)
                 raise
@@ -138,12 +140,7 @@ class _Counted:
         self._call = call
         self._note = note
         self.request = request
-        if isinstance(request, bytes):
-            self.received = len(request)
-        else:
-            self.received = 0
-            self._messages: Messages = request
-            self.request = self
+        self.received = len(request) if isinstance(request, bytes) else 0
 
     # What was given up before isn't answered, whatever became of what it brought.
 
@@ -160,22 +157,28 @@ class _Counted:
         self._note(self, codes.Code.Name(find_code(error)) if is_waited_for else "CANCELLED", None)
         return is_waited_for
 
-    # As the messages of the request, where there are many.
+    async def write(self, message: bytes) -> None:
+        self.sent += len(message)
+        await self._call.write(message)
+
+
+class _CountedMessages:
+    """The messages of a call, counted. Not the call itself: what refers to itself is garbage that has to be looked for."""
+
+    def __init__(self, messages: Messages, call: _Counted) -> None:
+        self._messages = messages
+        self._call = call
 
     def take(self) -> bytes | None:
         message = self._messages.take()
         if message is not None:
-            self.received += len(message)
+            self._call.received += len(message)
         return message
 
-    def __aiter__(self) -> _Counted:
+    def __aiter__(self) -> _CountedMessages:
         return self
 
     async def __anext__(self) -> bytes:
         message = await anext(self._messages)
-        self.received += len(message)
+        self._call.received += len(message)
         return message
-
-    async def write(self, message: bytes) -> None:
-        self.sent += len(message)
-        await self._call.write(message)

@@ -289,6 +289,8 @@ class ConnectionCalls:
         """The socket takes no more; set when it does again."""
         self.left = False
         """There is no room for what it brings: nothing more of it is looked at, nor read."""
+        self.restrained = False
+        """Its client was asked to have few calls under way: it would have more."""
         self._awaited = 0
         """Calls that wait for what their client sends or takes."""
         self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send_soon)
@@ -321,9 +323,11 @@ class ConnectionCalls:
 
     def _restrain(self) -> None:
         if self._load.restrain(self.number, self._relax):
+            self.restrained = True
             self.connection.ask_for_streams(len(self._tasks) + FEW_STREAMS)
 
     def _relax(self) -> None:
+        self.restrained = False
         self.connection.ask_for_streams(self.routes.limits.streams)
 
     def await_client(self, change: int) -> None:

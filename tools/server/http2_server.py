@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import cast
 
 from store.digest import Digest
 from store.errors import StoreUnusable
 from tools.http2.frames import ErrorCode
-from tools.server.address import Address, listen
+from tools.server.address import ACCEPTED_MOST, Address, keep_waiting, listen
 from tools.server.calls import Endpoint
 from tools.server.calls_under_way import CallUnderWay
 from tools.server.http2_calls import ConnectionCalls
@@ -56,18 +57,19 @@ class Http2Server:
         except OSError as error:
             raise StoreUnusable(f"can't listen at {address}: {error.strerror}") from error
         loop = asyncio.get_running_loop()
-        turns = Turns(loop.time, loop.call_soon)
+        turns = Turns(loop.time, time.thread_time, loop.call_soon)
         try:
             self._server = await loop.create_server(
                 lambda: _Connection(self._routes, self._connections, self._note_lost, turns, self._load),
                 sock=listening,
                 ssl=context,
-                backlog=socket.SOMAXCONN,
+                backlog=ACCEPTED_MOST,
                 ssl_handshake_timeout=None if context is None else self._limits.idle_seconds,
             )
         except BaseException:
             listening.close()
             raise
+        keep_waiting(listening)
         self._sweeping = asyncio.create_task(self._sweep())
         return int(listening.getsockname()[1])
 
@@ -193,8 +195,8 @@ class _Connection(asyncio.BufferedProtocol):
 
     @property
     def is_light(self) -> bool:
-        """It has few calls under way."""
-        return len(self._connection.streams) <= _LIGHT_CALLS
+        """It has few calls under way, and not because it was asked to."""
+        return len(self._connection.streams) <= _LIGHT_CALLS and not self._calls.restrained
 
     def _read_or_not(self) -> None:
         unparsed = 0 if self._connection.closed else self._connection.unparsed

@@ -18,7 +18,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from store.digest import Digest
 from store.errors import BadInput
-from tools.server.address import Address, listen
+from tools.server.address import ACCEPTED_MOST, Address, keep_waiting, listen
 from tools.server.calls_under_way import CallUnderWay
 from tools.server.http_adapter import HttpAdapter
 from tools.server.http_names import parse_cache_path
@@ -38,7 +38,6 @@ def _fold(record: logging.LogRecord) -> bool:
 
 _log = logging.getLogger("casfs.http")
 _log.addFilter(_fold)
-_BACKLOG = 1024
 _numbers = count(1)
 """What tells connections apart, and requests."""
 _READ_BYTES = 64 << 10
@@ -207,7 +206,9 @@ class HttpServer:
     async def start(self, address: Address, tls: ssl.SSLContext | None) -> None:
         """Answer requests there from now on. Raises OSError."""
         await self._runner.setup()
-        await web.SockSite(self._runner, listen(address), ssl_context=tls, backlog=_BACKLOG).start()
+        listening = listen(address)
+        await web.SockSite(self._runner, listening, ssl_context=tls, backlog=ACCEPTED_MOST).start()
+        keep_waiting(listening)
         self._sampling = asyncio.create_task(self._sample())
 
     async def _sample(self) -> None:

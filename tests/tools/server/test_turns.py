@@ -19,7 +19,7 @@ class Machine:
         self.now = 100.0
         self.cpu = 0.0
         self.soon: deque[Callable[[], None]] = deque()
-        self.turns = Turns(lambda: self.now, self.soon.append)
+        self.turns = Turns(lambda: self.now, lambda: self.cpu, self.soon.append)
         self.order: list[str] = []
 
     def spend(self, seconds: float) -> None:
