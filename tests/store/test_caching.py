@@ -156,6 +156,21 @@ def test_to_be_asked_for_is_to_be_used(store: Store) -> None:
     assert store.presence.find_absent(names(asked, other)) == names(other)
 
 
+def test_to_be_opened_is_to_be_used(store: Store) -> None:
+    [opened, unnoted] = add(store, bytes(1000), bytes(1001), age=5 * HOUR)
+    [name, other] = names(opened, unnoted)
+    assert store.presence.vouches(name)
+    assert not store.presence.remembers(name), "its file may be gone"
+    descriptor = store.blobs.open(opened)
+    store.presence.note_open(name, descriptor)
+    os.close(descriptor)
+    assert store.presence.remembers(name)
+    assert store.presence.vouches(other)
+    store.collector.collect(0, 0, grace=60)
+    assert store.blobs.has(opened)
+    assert not store.presence.vouches(other)
+
+
 def test_what_is_removed_is_forgotten_at_once(store: Store) -> None:
     [digest] = add(store, bytes(1000))
     assert store.presence.find_absent(names(digest)) == []
@@ -180,6 +195,7 @@ def test_a_file_without_a_row_is_hashed_where_waiting_does_no_harm(store: Store)
     path.write_bytes(b"put there by Bazel")
     with pytest.raises(WouldWait):
         store.presence.find_absent(names(digest), may_wait=False)
+    assert not store.presence.vouches(*names(digest))
     assert store.presence.find_absent(names(digest)) == []
     assert store.blobs.is_verified(digest)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from tools.http2 import frames
 from tools.http2.frames import ErrorCode
-from tools.http2.headers import Malformed, check_request, check_trailers
+from tools.http2.headers import Malformed, check_trailers
 from tools.http2.hpack import Decoder, HpackError
 from tools.http2.outgoing import Outgoing
 from tools.http2.stream import STREAM_WINDOW, Handler, Stream
@@ -240,11 +240,10 @@ class Connection:
         if known is None:
             headers = self._decoder.decode(block)
             try:
-                expected = check_request(headers)
+                known = self._handler.interpret(headers)
             except Malformed:
                 self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
                 return
-            known = self._handler.interpret(headers), expected
             if self._known_changes == self._decoder.changes and len(self._known) < _KNOWN_MOST:
                 self._known[block] = known
         if len(self.streams) >= self._streams_most or self.refusing:

@@ -43,6 +43,7 @@ _STATIC: tuple[Header, ...] = (
     ),
 )
 _STATIC_COUNT = len(_STATIC)
+_FIRST_DYNAMIC = 0x80 + _STATIC_COUNT
 _STATUS_200 = b"\x88"
 _CONTENT_TYPE = 31
 
@@ -72,11 +73,17 @@ class Decoder:
     def _decode(self, block: bytes) -> list[Header]:
         headers: list[Header] = []
         position, end = 0, len(block)
+        entries = self._entries
         while position < end:
             byte = block[position]
             if byte & 0x80:
-                index = byte & 0x7F
                 position += 1
+                back = byte - _FIRST_DYNAMIC
+                if 0 <= back < len(entries) and byte < 0xFF:
+                    # Most often.
+                    headers.append(entries[~back])
+                    continue
+                index = byte & 0x7F
                 if index == 0x7F:
                     index, position = _read_rest(block, position, index)
                 headers.append(self._get(index))

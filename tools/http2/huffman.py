@@ -7,7 +7,7 @@ all of it.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 # fmt: off
 _LENGTHS = (
@@ -71,17 +71,22 @@ def _steps() -> list[tuple[_Step, ...]]:
     return [*steps, ((lost, b"", False),) * 16]
 
 
+@lru_cache(4096)
+def _take_byte(state: _State, byte: int) -> _Step:
+    """Two steps in one. Remembered for the bytes that come again and again: in numbers, as of a call's timeout."""
+    state, first, _ = _steps()[state][byte >> 4]
+    state, second, may_end = _steps()[state][byte & 15]
+    return state, first + second, may_end
+
+
 def decode(data: bytes) -> bytes:
     """The text. Raises ValueError for what is none: the end's code in it, or a wrong filling."""
-    steps = _steps()
     state = 0
     parts = []
     may_end = True
     for byte in data:
-        for bits in (byte >> 4, byte & 15):
-            state, completed, may_end = steps[state][bits]
-            if completed:
-                parts.append(completed)
+        state, completed, may_end = _take_byte(state, byte)
+        parts.append(completed)
     if not may_end:
         raise ValueError("a Huffman-coded text doesn't end where it should")
     return b"".join(parts)

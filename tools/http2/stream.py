@@ -41,8 +41,11 @@ class Stream:
 class Handler(Protocol):
     """What a connection is for."""
 
-    def interpret(self, headers: list[Header]) -> Any:
-        """What a request's headers mean, for `Stream.head`; of equal ones it isn't asked again. Mustn't raise."""
+    def interpret(self, headers: list[Header]) -> tuple[Any, int]:
+        """What a request's headers mean, for `Stream.head`, and what `check_request` says of them.
+
+        Of equal ones it isn't asked again. Raises Malformed, as that does, and nothing else.
+        """
         ...
 
     def make(self, stream_id: int, head: Any, window: int, expected: int) -> Stream:

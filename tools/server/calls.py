@@ -275,8 +275,11 @@ class Calls:
 
     def _read(self, raw: bytes, context: Call) -> Answer | Coroutine[Any, Any, Answer]:
         """A blob that is one small message at once; all messages but the last are written."""
-        request = bytestream.ReadRequest.FromString(raw)
         try:
+            data = self._stream.read_small(raw)
+            if data is not None:
+                return _head_of_piece(len(data)) + data
+            request = bytestream.ReadRequest.FromString(raw)
             with closing(self._stream.open_read(request, may_wait=False)) as reader:
                 if reader.left is not None and reader.left <= _SMALL_BYTES:
                     message = reader.read(may_wait=False, head=_head_of_piece)
@@ -285,7 +288,7 @@ class Calls:
                     # The page cache has only its beginning.
         except WouldWait:
             pass
-        return self._read_on(request, context)
+        return self._read_on(bytestream.ReadRequest.FromString(raw), context)
 
     async def _read_on(self, request: bytestream.ReadRequest, context: Call) -> Answer:
         try:

@@ -170,6 +170,12 @@ class Downloads:
             raise WouldWait  # the page cache has only its beginning
         return data
 
+    def read_here(self, name: Name) -> bytes | None:
+        """A whole blob of one to a piece's bytes, if it is known to be here. Raises WouldWait, BadDigest."""
+        if not self._presence.vouches(name):
+            return None
+        return self._read_present(self._blobs.directory_of(name[0]), name)
+
     def _open_present(self, digest: Digest) -> int:
         try:
             return os.open(blob_path(digest), _READING, dir_fd=self._blobs.directory)
@@ -197,28 +203,26 @@ class Downloads:
         if not names:
             return []
         directory = self._blobs.directory_of(names[0][0])
+        return [self._read_present(directory, name) if name[2] else b"" for name in names]
+
+    def _read_present(self, directory: int, name: Name) -> bytes:
+        """A whole blob that is vouched for, without waiting; `directory`: of its function. Raises WouldWait."""
+        _, hash_, size = name
         buffer = _buffers.piece
-        buffers, flags = (buffer,), os.RWF_NOWAIT if _can_read_now else 0
-        contents = []
-        for _, hash_, size in names:
-            if not size:
-                contents.append(b"")
-                continue
-            try:
-                descriptor = os.open(f"{hash_[:2]}/{hash_}", _READING, dir_fd=directory)
-            except OSError as error:
-                raise WouldWait from error
+        try:
+            descriptor = os.open(f"{hash_[:2]}/{hash_}", _READING, dir_fd=directory)
             try:
                 # More than it has: so a file that is longer is noticed, too.
-                count = os.preadv(descriptor, buffers, 0, flags)
-            except OSError as error:
-                raise WouldWait from error
+                count = os.preadv(descriptor, (buffer,), 0, os.RWF_NOWAIT if _can_read_now else 0)
+                if count == size:
+                    self._presence.note_open(name, descriptor)
             finally:
                 os.close(descriptor)
-            if count != size:
-                raise WouldWait
-            contents.append(bytes(buffer[:size]))
-        return contents
+        except OSError as error:
+            raise WouldWait from error
+        if count != size:
+            raise WouldWait
+        return bytes(buffer[:size])
 
 
 def is_cached(descriptor: int, offset: int, size: int) -> bool:

@@ -163,7 +163,7 @@ class _Counted:
 
 
 class _CountedMessages:
-    """The messages of a call, counted. Not the call itself: what refers to itself is garbage that has to be looked for."""
+    """A call's messages, counted. Not the call itself: what refers to itself is garbage that has to be looked for."""
 
     def __init__(self, messages: Messages, call: _Counted) -> None:
         self._messages = messages

@@ -412,8 +412,8 @@ class ConnectionCalls:
 
     # As the connection's handler.
 
-    def interpret(self, headers: list[Header]) -> Head:
-        """What a request's headers say."""
+    def interpret(self, headers: list[Header]) -> tuple[Head, int]:
+        """What a request's headers say. Raises Malformed."""
         return self.routes.interpret(headers)
 
     def make(self, stream_id: int, head: Head, window: int, expected: int) -> Stream:

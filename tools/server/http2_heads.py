@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from urllib.parse import quote
 
+from tools.http2.headers import check_request
 from tools.http2.hpack import Header, encode
 from tools.reapi.generated.status_pb2 import Status
 from tools.server.calls import Endpoint
@@ -21,6 +22,7 @@ HEADERS = encode([(b":status", b"200"), (b"content-type", _CONTENT_TYPE), (b"grp
 OK = encode([(b"grpc-status", b"0")])
 """The block that ends one that went well."""
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
+_SOME_TIME = (b"grpc-timeout", b"")
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _ENTRY_BYTES = 32
 """What a header counts for beside its text (RFC 9113, section 6.5.2)."""
@@ -50,26 +52,28 @@ class Routes:
     def __init__(self, endpoints: Iterable[Endpoint], limits: GrpcLimits) -> None:
         self.limits = limits
         self._endpoints = {endpoint.method.path.encode(): endpoint for endpoint in endpoints}
-        self._known: dict[tuple[Header, ...], Head] = {}
+        self._known: dict[tuple[Header, ...], tuple[Head, int]] = {}
 
-    def interpret(self, headers: list[Header]) -> Head:
-        """Of headers that an HTTP/2 request may have."""
+    def interpret(self, headers: list[Header]) -> tuple[Head, int]:
+        """What they say, and the bytes of the body or -1. Raises Malformed."""
         # The same ones come again and again, but for the time that is left to the call.
         timeout = b""
-        rest = []
-        for header in headers:
+        for position, header in enumerate(headers):
             if header[0] == b"grpc-timeout":
                 timeout = header[1]
-            else:
-                rest.append(header)
-        key = tuple(rest)
-        head = self._known.get(key)
-        if head is None:
-            head = self._interpret(rest)
+                headers[position] = _SOME_TIME
+        key = tuple(headers)
+        known = self._known.get(key)
+        if known is None:
+            expected = check_request(headers)
+            known = self._interpret(headers), expected
             if len(self._known) >= _KNOWN_MOST:
                 self._known.clear()
-            self._known[key] = head
-        return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal)
+            self._known[key] = known
+        if not timeout:
+            return known
+        head, expected = known
+        return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal), expected
 
     def _interpret(self, headers: list[Header]) -> Head:
         size = sum(len(name) + len(value) + _ENTRY_BYTES for name, value in headers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tools.http2.connection import Connection
+from tools.http2.headers import check_request
 from tools.http2.hpack import Header, encode
 from tools.http2.stream import Stream
 
@@ -42,9 +43,9 @@ class Echo:
 
     # As its handler.
 
-    def interpret(self, headers: list[Header]) -> dict[bytes, bytes]:
+    def interpret(self, headers: list[Header]) -> tuple[dict[bytes, bytes], int]:
         self.interpreted += 1
-        return dict(headers)
+        return dict(headers), check_request(headers)
 
     def make(self, stream_id: int, head: Any, window: int, expected: int) -> Request:
         return Request(stream_id, head, window, expected)

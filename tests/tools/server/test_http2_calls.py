@@ -24,6 +24,7 @@ from hypothesis import strategies as some
 
 from store.digest import DigestFunction
 from tools.http2 import frames
+from tools.http2.headers import Malformed
 from tools.http2.hpack import encode
 from tools.reapi.generated.status_pb2 import Status
 from tools.reapi.methods import Method
@@ -309,6 +310,21 @@ def test_messages_that_come_in_crumbs_are_summed() -> None:
         assert headers["grpc-status"] == "3"
 
     run(test)
+
+
+def test_headers_that_differ_in_their_timeouts_are_understood_once_and_keep_them() -> None:
+    routes = Routes([Endpoint(ECHO, lambda raw, call: raw)], LIMITS)
+    request = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", ECHO.path.encode())]
+    request += [(b"content-type", b"application/grpc"), (b"content-length", b"7")]
+    heads = []
+    for timeout in (b"1S", b"2S", b""):
+        head, expected = routes.interpret([*request, (b"grpc-timeout", timeout)])
+        assert (head.endpoint is not None, head.timeout, expected) == (True, timeout, 7)
+        heads.append(head.endpoint)
+    assert heads[0] is heads[1] is heads[2]
+    for timeout in (b"3S", b"4S"):
+        with pytest.raises(Malformed):
+            routes.interpret([(b"grpc-timeout", timeout), *request])
 
 
 @given(some.lists(some.binary(max_size=12), max_size=40), some.lists(some.integers(1, 40), min_size=1))
