@@ -10,255 +10,31 @@ no task and goes out with its status in one piece.
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Set
+from collections.abc import Callable, Coroutine, Iterator, Set
 from functools import partial
 from itertools import count
-from struct import Struct
 from typing import Any, cast
 
 from store.digest import Digest
 from tools.http2.connection import Connection
 from tools.http2.frames import ErrorCode
 from tools.http2.hpack import Header
-from tools.http2.stream import STREAM_WINDOW, TURN_WINDOW, Stream
+from tools.http2.stream import Stream
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated.status_pb2 import Status
 from tools.server.calls import LATER, Answer, Endpoint
 from tools.server.calls_under_way import CallUnderWay
-from tools.server.errors import Exhausted, InvalidArgument, TooSlow
+from tools.server.errors import InvalidArgument, TooSlow
+from tools.server.http2_call import PREFIX, GrpcCall
 from tools.server.http2_heads import HEADERS, OK, Head, Routes, read_timeout, trailers_of
 from tools.server.load import FEW_STREAMS, Load
 from tools.server.status import as_status
 from tools.server.waits import Reason, find_mark, find_place
 
-_PREFIX = Struct(">BI")
-_PREFIX_BYTES = 5
 _PARSE_BYTES = 4 << 10
 """That are parsed between two looks at the clock."""
 _numbers = count(1)
-
-
-class _Call(Stream):
-    """A stream, as endpoints know it."""
-
-    __slots__ = (
-        "_advanced",
-        "_ended",
-        "_owner",
-        "_parts",
-        "_start",
-        "_waiter",
-        "answering",
-        "blobs",
-        "deadline",
-        "heard",
-        "held",
-        "left",
-        "message",
-        "moved",
-        "since",
-        "size",
-        "started",
-        "task",
-    )
-
-    head: Head
-
-    def __init__(self, stream_id: int, head: Head, window: int, expected: int, owner: ConnectionCalls) -> None:
-        super().__init__(stream_id, head, window, expected)
-        self._owner = owner
-        self.answering = False
-        self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._parts: list[bytes] = []
-        """Of what has come; the message that is next begins at `_start` of the first."""
-        self._start = 0
-        self.size = 0
-        """Bytes of them."""
-        self._advanced = 0
-        """Bytes of it that were allowed before they came."""
-        self.started = False
-        """It is begun, or waits to be."""
-        self.message: bytes | None = None
-        """The only one, while it waits."""
-        self.held = 0
-        """Bytes that count as waiting."""
-        self.task: asyncio.Task[None] | None = None
-        self.deadline: asyncio.TimerHandle | None = None
-        self.heard = 0.0
-        """When its client last made progress, as far as the call waits for that: for all of the only message, or for
-        the end of the answer to be taken."""
-        self.left = 0
-        """Bytes of that end, when it was looked at last."""
-        self.since = self.moved = owner.now
-        """When it began, and when it last went a step on."""
-        self.blobs: Collection[Digest] = ()
-        """What has to be in the store before it is answered."""
-
-    # For endpoints.
-
-    @property
-    def authorization(self) -> str | None:
-        return self.head.authorization
-
-    @property
-    def client(self) -> str:
-        return self._owner.client
-
-    @property
-    def connection(self) -> int:
-        return self._owner.number
-
-    def answer(self, message: Answer) -> bool:
-        """Answer what was to be answered later; whether somebody still waits for it."""
-        return self._owner.answer(self, message)
-
-    def fail(self, error: Exception) -> bool:
-        """Tell the client what went wrong; whether somebody still waits for it."""
-        return self._owner.fail(self, error)
-
-    def note_blobs(self, blobs: Collection[Digest]) -> None:
-        """It will be answered when these are in the store."""
-        self.blobs = blobs
-
-    def widen(self) -> None:
-        """It has its turn: more of it may be on its way here at a time."""
-        if self.receiving:
-            self._owner.connection.allow(self, TURN_WINDOW - STREAM_WINDOW, least=0)
-
-    async def write(self, message: bytes) -> None:
-        """Returns when the windows have taken all of it, and the socket wants more."""
-        out = self._owner.connection.out
-        if not self.answering:
-            self.answering = True
-            out.send_headers(self, HEADERS)
-        out.send_data(self, _PREFIX.pack(0, len(message)), message)
-        # Not soon but now, so that it is known whether the socket takes more: a blob that is in memory is read to its
-        # end without a pause.
-        self._owner.send()
-        while self.pending:
-            await self._wait()
-        if self._owner.paused is not None:
-            await self._owner.paused.wait()
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        """The client's messages, as they come."""
-        return self
-
-    async def __anext__(self) -> bytes:
-        while True:
-            message = self.take()
-            if message is not None:
-                return message
-            if self._ended:
-                if self.size:
-                    raise InvalidArgument("the stream ended in the middle of a message")
-                raise StopAsyncIteration
-            await self._wait()
-
-    async def _wait(self) -> None:
-        self._waiter = waiter = self._owner.loop.create_future()
-        self._owner.await_client(1)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-            self._owner.await_client(-1)
-
-    # For the connection's calls.
-
-    @property
-    def waits(self) -> bool:
-        """For what its client sends or takes."""
-        return self._waiter is not None
-
-    def wake(self) -> None:
-        """What it waited for may be there."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def add(self, data: bytes, ended: bool) -> None:
-        """More of the request."""
-        if data:
-            self._parts.append(data)
-            self.size += len(data)
-        self._ended = ended
-
-    def look(self) -> int:
-        """The bytes of the next message with its prefix, if all of it is there, or 0. Raises Exhausted."""
-        if self.size < _PREFIX_BYTES:
-            return 0
-        if len(self._parts[0]) - self._start < _PREFIX_BYTES:
-            self._join()
-        _, length = _PREFIX.unpack_from(self._parts[0], self._start)
-        most = self._owner.routes.limits.message_bytes
-        if length > most:
-            raise Exhausted(f"a message of {length} bytes: at most {most} may be")
-        whole = _PREFIX_BYTES + length
-        if self.size < whole:
-            # A message may be larger than what may come before it is taken.
-            lacking = whole - self.size - self.room
-            if lacking > 0 and self.receiving:
-                more = max(lacking - self.credit, 0)
-                self._advanced += more
-                self._owner.connection.allow(self, more, least=0)
-            return 0
-        return int(whole)
-
-    def take(self) -> bytes | None:
-        """The next message, if all of it is there. Raises what is wrong with it."""
-        whole = self.look()
-        if not whole:
-            return None
-        start, end = self._start, self._start + whole
-        if len(self._parts[0]) < end:
-            self._join()
-            start, end = 0, whole
-        data = self._parts[0]
-        # Behind what was taken, not cut off: many small messages in one part would be copied as often.
-        self._start = end
-        if end == len(data):
-            del self._parts[0]
-            self._start = 0
-        self.size -= whole
-        # What was taken may come again: a client sends on while this message is worked on.
-        if self.receiving:
-            self._owner.connection.allow(self, whole - self._advanced)
-            self._advanced = 0
-        message = data[start + _PREFIX_BYTES : end]
-        return self._expand(message) if data[start] else message
-
-    def _join(self) -> None:
-        self._parts[:] = [b"".join(self._parts)[self._start :]]
-        self._start = 0
-
-    def take_only(self, ended: bool) -> bytes | None:
-        """The only message, once that is sure. Raises InvalidArgument where there is another, or none."""
-        if not ended:
-            # Only looked at: what is too large is refused before it comes.
-            self.look()
-            return None
-        message = self.take()
-        if message is None or self.size:
-            raise InvalidArgument("there has to be one message in the request, and all of it")
-        return message
-
-    def _expand(self, message: bytes) -> bytes:
-        most = self._owner.routes.limits.message_bytes
-        if not self.head.compressed:
-            raise InvalidArgument("a compressed message, without a grpc-encoding that says how")
-        expander = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        try:
-            expanded = expander.decompress(message, most + 1)
-        except zlib.error as error:
-            raise InvalidArgument(f"this is no gzip: {error}") from error
-        if len(expanded) > most:
-            raise Exhausted(f"a message that expands to over {most} bytes")
-        if not expander.eof:
-            raise InvalidArgument("a gzip stream that is cut short")
-        return expanded
 
 
 class ConnectionCalls:
@@ -295,7 +71,7 @@ class ConnectionCalls:
         """Calls that wait for what their client sends or takes."""
         self.connection = Connection(self, routes.limits.streams, routes.limits.header_bytes, send_soon)
         self._load = load
-        self._whole: deque[_Call] = deque()
+        self._whole: deque[GrpcCall] = deque()
         """Calls that can be begun."""
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -358,7 +134,7 @@ class ConnectionCalls:
         """The calls, and what each waits for; `waiting`: blobs for which the store's threads have no room."""
         whole = set(map(id, self._whole))
         for stream in self.connection.streams.values():
-            call = cast("_Call", stream)
+            call = cast("GrpcCall", stream)
             endpoint = call.head.endpoint
             method = "unknown" if endpoint is None else endpoint.method.name
             reason, moved = self._find_reason(call, whole, waiting)
@@ -366,7 +142,7 @@ class ConnectionCalls:
                 (self.number, call.id), method, self.client, self.number, call.since, max(moved, call.moved), reason
             )
 
-    def _find_reason(self, call: _Call, whole: Set[int], waiting: Set[Digest]) -> tuple[Reason, float]:
+    def _find_reason(self, call: GrpcCall, whole: Set[int], waiting: Set[Digest]) -> tuple[Reason, float]:
         """What it waits for, and since when if that is known."""
         if call.trailers is not None:
             return Reason.CLIENT, call.heard
@@ -396,7 +172,7 @@ class ConnectionCalls:
         """End the calls whose client sends no more of its only message, or takes no more of the end of its answer."""
         now, most = self.loop.time(), self.routes.limits.idle_seconds
         for stream in list(self.connection.streams.values()):
-            call = cast("_Call", stream)
+            call = cast("GrpcCall", stream)
             if call.trailers is not None and call.waiting != call.left:
                 call.left, call.heard = call.waiting, now
             if self.left and call.heard:
@@ -418,9 +194,9 @@ class ConnectionCalls:
 
     def make(self, stream_id: int, head: Head, window: int, expected: int) -> Stream:
         """A stream with what a call needs."""
-        return _Call(stream_id, head, window, expected, self)
+        return GrpcCall(stream_id, head, window, expected, self)
 
-    def begin(self, call: _Call, ended: bool) -> None:
+    def begin(self, call: GrpcCall, ended: bool) -> None:
         """Answer it, or wait for its message."""
         endpoint = call.head.endpoint
         if endpoint is None:
@@ -432,7 +208,7 @@ class ConnectionCalls:
         else:
             self.fail(call, InvalidArgument("there is no message in the request"))
 
-    def data(self, call: _Call, data: bytes, ended: bool) -> None:
+    def data(self, call: GrpcCall, data: bytes, ended: bool) -> None:
         """Have it waited for, or answered."""
         endpoint = call.head.endpoint
         if endpoint is None:
@@ -460,18 +236,18 @@ class ConnectionCalls:
         self._load.hold(self.number, call.held)
         self._whole.append(call)
 
-    def broken(self, call: _Call) -> None:
+    def broken(self, call: GrpcCall) -> None:
         """Nobody waits for the answer."""
         if call.task is not None:
             call.task.cancel()
 
-    def drained(self, call: _Call) -> None:
+    def drained(self, call: GrpcCall) -> None:
         """It may write on."""
         call.wake()
 
     # How.
 
-    def _begin(self, call: _Call) -> None:
+    def _begin(self, call: GrpcCall) -> None:
         self._load.release(self.number, call.held)
         call.moved = self.now
         endpoint = cast("Endpoint", call.head.endpoint)
@@ -500,14 +276,14 @@ class ConnectionCalls:
         if seconds is not None:
             call.deadline = self.loop.call_later(seconds, self._expire, call)
 
-    def _forget(self, call: _Call, coming: Coroutine[Any, Any, Answer], task: asyncio.Task[None]) -> None:
+    def _forget(self, call: GrpcCall, coming: Coroutine[Any, Any, Answer], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         # A task that is cancelled before its first step never comes to what it would have awaited, nor to its end.
         coming.close()
         if call.deadline is not None:
             call.deadline.cancel()
 
-    async def _finish(self, call: _Call, coming: Coroutine[Any, Any, Answer]) -> None:
+    async def _finish(self, call: GrpcCall, coming: Coroutine[Any, Any, Answer]) -> None:
         try:
             answer = await coming
         except Exception as error:  # noqa: BLE001 - told to the client
@@ -515,13 +291,13 @@ class ConnectionCalls:
         else:
             self.answer(call, answer)
 
-    def _expire(self, call: _Call) -> None:
+    def _expire(self, call: GrpcCall) -> None:
         """The time is over that the client gave it."""
         if call.task is not None:
             call.task.cancel()
         self._end(call, trailers_of(Status(code=codes.DEADLINE_EXCEEDED, message="the call's own deadline")))
 
-    def answer(self, call: _Call, answer: Answer) -> bool:
+    def answer(self, call: GrpcCall, answer: Answer) -> bool:
         """Send it, where somebody waits for it; whether somebody does."""
         connection = self.connection
         if connection.streams.get(call.id) is not call:
@@ -529,17 +305,17 @@ class ConnectionCalls:
         if answer is None:
             return self._end(call, OK)
         if call.answering:
-            connection.out.send_data(call, _PREFIX.pack(0, len(answer)), answer)
+            connection.out.send_data(call, PREFIX.pack(0, len(answer)), answer)
             connection.out.send_trailers(call, OK)
         else:
-            connection.out.answer(call, HEADERS, _PREFIX.pack(0, len(answer)) + answer, OK)
+            connection.out.answer(call, HEADERS, PREFIX.pack(0, len(answer)) + answer, OK)
         return True
 
-    def fail(self, call: _Call, error: Exception) -> bool:
+    def fail(self, call: GrpcCall, error: Exception) -> bool:
         """Say what went wrong, where somebody waits for it; whether somebody does."""
         return self._end(call, trailers_of(as_status(error)))
 
-    def _end(self, call: _Call, trailers: bytes) -> bool:
+    def _end(self, call: GrpcCall, trailers: bytes) -> bool:
         call.heard = 0.0
         if self.connection.streams.get(call.id) is not call or call.trailers is not None:
             return False
