@@ -149,21 +149,24 @@ class Hydrator:
     # The tower's thread.
 
     def _run(self) -> None:
-        while True:
-            events = self._wait_events()
-            arrived = []
-            for event in events:
-                if isinstance(event, Flight):
-                    self._advance(event)
-                elif event is not None and self._judge(event):
-                    arrived.append(event.attempt)
-            if arrived:
-                self._publish(arrived)
-            self._give_up_silent()
-            self._close_ingest_when_idle()
-            if None in events:
-                self._end()
-                return
+        # Here no flight is held while the next one is waited for: it refers to all that its failure went through.
+        while self._handle(self._wait_events()):
+            pass
+        self._end()
+
+    def _handle(self, events: Sequence[Flight | Outcome | None]) -> bool:
+        """Go on with what these are of; whether there will be more."""
+        arrived = []
+        for event in events:
+            if isinstance(event, Flight):
+                self._advance(event)
+            elif event is not None and self._judge(event):
+                arrived.append(event.attempt)
+        if arrived:
+            self._publish(arrived)
+        self._give_up_silent()
+        self._close_ingest_when_idle()
+        return None not in events
 
     def _wait_events(self) -> list[Flight | Outcome | None]:
         """What has happened since the last call, at least one event unless it is time to look who is silent."""

@@ -106,17 +106,25 @@ class Lane:
                 self._queue.put(None)
 
     def _work(self) -> None:
-        while (attempt := self._queue.get()) is not None:
-            attempts = [one for one in self._gather(attempt) if not one.abandoned]
-            now, this_round = time.monotonic(), object()
-            for attempt in attempts:
-                attempt.round, attempt.moved = this_round, now
-            for attempt, answer in zip(attempts, self._open(attempts), strict=True):
-                attempt.moved = time.monotonic()
-                try:
-                    self._report(Outcome(attempt, found=self._take(attempt, answer)))
-                except Exception as error:  # noqa: BLE001 - the tower tells it to whoever waits
-                    self._report(Outcome(attempt, error=error))
+        # None is held here while the next one is waited for: it refers to all that its failure went through.
+        while self._ask(self._queue.get()):
+            pass
+
+    def _ask(self, first: Attempt | None) -> bool:
+        """Answer it, and what can be asked for with it; whether there will be more."""
+        if first is None:
+            return False
+        attempts = [one for one in self._gather(first) if not one.abandoned]
+        now, this_round = time.monotonic(), object()
+        for attempt in attempts:
+            attempt.round, attempt.moved = this_round, now
+        for attempt, answer in zip(attempts, self._open(attempts), strict=True):
+            attempt.moved = time.monotonic()
+            try:
+                self._report(Outcome(attempt, found=self._take(attempt, answer)))
+            except Exception as error:  # noqa: BLE001 - the tower tells it to whoever waits
+                self._report(Outcome(attempt, error=error))
+        return True
 
     def _gather(self, first: Attempt) -> list[Attempt]:
         """What the source is asked for at a time: for a batch, all that waits."""

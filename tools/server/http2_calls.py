@@ -278,6 +278,8 @@ class ConnectionCalls:
 
     def _forget(self, call: GrpcCall, coming: Coroutine[Any, Any, Answer], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        # Where it was cancelled, it refers to all that it was at then.
+        call.task = None
         # A task that is cancelled before its first step never comes to what it would have awaited, nor to its end.
         coming.close()
         if call.deadline is not None:

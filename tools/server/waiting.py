@@ -48,6 +48,9 @@ class Waiting:
             if not future.cancelled() and future.exception() is None:
                 dropped(future.result())
             raise
+        finally:
+            # What was raised in a thread refers to this frame, which mustn't refer to it in turn.
+            del work, future
 
     async def patiently(self, step: Awaitable[_T]) -> _T:
         """Wait for a client. Raises TooSlow."""

@@ -10,7 +10,7 @@ from base64 import b64decode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any, cast
 
 import h2.config
@@ -28,7 +28,7 @@ from tools.http2.headers import Malformed
 from tools.http2.hpack import encode
 from tools.reapi.generated.status_pb2 import Status
 from tools.reapi.methods import Method
-from tools.server.address import Address
+from tools.server.address import ACCEPTED_MOST, Address
 from tools.server.calls import Endpoint
 from tools.server.errors import FailedPrecondition, NotThere
 from tools.server.http2_calls import ConnectionCalls
@@ -508,3 +508,23 @@ def test_what_outlasts_a_drain_is_broken_off() -> None:
             socket.create_connection(("127.0.0.1", peer.writer.get_extra_info("peername")[1]))
 
     run(test)
+
+
+def test_connections_that_come_all_at_once_are_accepted_a_few_at_a_time() -> None:
+    async def main() -> None:
+        server = Http2Server([], LIMITS)
+        port = await server.start(Address("127.0.0.1", 0), None)
+        # The kernel keeps them meanwhile.
+        clients = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(100)]
+        try:
+            numbers = [0]
+            while numbers[-1] < len(clients):
+                await asyncio.sleep(0)
+                numbers.append(len(server._connections))
+            assert max(after - before for before, after in pairwise(numbers)) <= ACCEPTED_MOST
+        finally:
+            for client in clients:
+                client.close()
+            await server.drain(0)
+
+    asyncio.run(asyncio.wait_for(main(), 60))

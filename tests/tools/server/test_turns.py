@@ -232,3 +232,23 @@ def test_who_is_added_by_its_own_work_has_one_more_turn(machine: Machine) -> Non
     one.following = None
     machine.run()
     assert machine.order == ["one", "one"]
+
+
+class Interrupted(Connection):
+    """Each time it works, something else has the processor for long."""
+
+    def work(self, seconds: float) -> bool:
+        more = super().work(seconds)
+        self._machine.now += 20 * SLICE_SECONDS
+        return more
+
+
+def test_who_is_interrupted_is_not_charged_for_it(machine: Machine) -> None:
+    one = Interrupted(machine, "one", 20 * SLICE_SECONDS)
+    other = Connection(machine, "other", 20 * SLICE_SECONDS)
+    machine.turns.add(one)
+    machine.turns.add(other)
+    machine.run()
+    for begun in (10, 20, 30):
+        shares = machine.order[:begun].count("one"), machine.order[:begun].count("other")
+        assert abs(shares[0] - shares[1]) <= 2, shares

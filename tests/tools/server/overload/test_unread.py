@@ -15,6 +15,7 @@ from tools.http2 import frames
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.server.http2_server import _Connection
 
 SECONDS = 200.0
 """Longer than a connection may say nothing, and than a ping may be without an answer."""
@@ -24,11 +25,17 @@ WINDOW = 1 << 20
 
 async def connect(here: World) -> tuple[Peer, int]:
     """A connection, and the server's number of it."""
+    peer, mine = await join(here)
+    return peer, mine._calls.number
+
+
+async def join(here: World) -> tuple[Peer, _Connection]:
+    """A connection, and the server's end of it."""
     known = set(here.server.connections)
     peer = here.connect()
     await peer.call(methods.GET_CAPABILITIES, reapi.GetCapabilitiesRequest().SerializeToString())
     (mine,) = here.server.connections - known
-    return peer, mine._calls.number
+    return peer, mine
 
 
 @contextmanager
@@ -63,6 +70,23 @@ def test_whoever_is_not_read_is_not_taken_for_silent(store: Store) -> None:
                 assert not any(answer.done() for answer in answers)
                 assert not peer.over
             await asyncio.gather(*answers)
+
+    run_virtually(main)
+
+
+def test_whoever_was_asked_for_few_calls_does_not_count_as_calm(store: Store) -> None:
+    async def main(loop: VirtualLoop) -> None:
+        async with world(store, loop) as here:
+            peer, mine = await join(here)
+            assert mine.is_light
+            with no_room(here, mine._calls.number):
+                answers = bring(loop, peer, 13)
+                await asyncio.sleep(1)
+                assert len(mine._connection.streams) == 0
+                assert not mine.is_light
+            await asyncio.gather(*answers)
+            await asyncio.sleep(10)
+            assert mine.is_light
 
     run_virtually(main)
 
