@@ -52,7 +52,7 @@ def check_plain(address: Address, secure: str = "") -> None:
         )
 
 
-ACCEPTED_MOST = 16
+ACCEPTED_MOST = 64
 """Connections that are accepted between two looks at the other sockets."""
 
 

@@ -27,6 +27,7 @@ _READ_MOST = 64 << 10
 _READ_LEAST = 8 << 10
 """Bytes that are read of a connection at a time: fewer where there is too much to do already, as they have to wait."""
 _LIGHT_CALLS = 4
+_LIGHT_BYTES = 4 << 10
 """With more of them a connection isn't that of a calm client."""
 _PING_SECONDS = 60.0
 _PING_GRACE = 20.0
@@ -195,8 +196,14 @@ class _Connection(asyncio.BufferedProtocol):
 
     @property
     def is_light(self) -> bool:
-        """It has few calls under way, and not because it was asked to."""
-        return len(self._connection.streams) <= _LIGHT_CALLS and not self._calls.restrained
+        """It has few calls under way, and not because it was asked to; nor does it bring many, or is new."""
+        connection = self._connection
+        return (
+            connection.begun
+            and len(connection.streams) <= _LIGHT_CALLS
+            and connection.unparsed <= _LIGHT_BYTES
+            and not self._calls.restrained
+        )
 
     def _read_or_not(self) -> None:
         unparsed = 0 if self._connection.closed else self._connection.unparsed
