@@ -44,6 +44,8 @@ _ROWS = (
     Load("batch", 4, 20_000),
     Load("read", 4, 20_000),
 )
+_BOUNDS = (("calm client, p99", 250, "ms"), ("calm client, max", 1000, "ms"), ("peak memory", 200, "MiB"))
+"""Aims of each row, but for those that are compared."""
 _QUICK_ROWS = tuple(Load(how, 1, 200, connections=4) for how in ("write", "http", "batch", "read"))
 _TO_SIGTERM_SECONDS = 5.0
 
@@ -147,6 +149,9 @@ def _compare(outcome: Outcome, row: Load, peers: list[str]) -> None:
     failed, ended = (f"{row.title}: {what}" for what in ("failed", "from SIGTERM in mid-storm to the end"))
     outcome.aim(failed, outcome.median(failed, CASFS), 0, "blobs", at_most=True)
     outcome.aim(ended, outcome.median(ended, CASFS), DRAINED_SECONDS, "s", at_most=True)
+    for what, most, unit in _BOUNDS:
+        name = f"{row.title}: {what}"
+        outcome.aim(name, outcome.median(name, CASFS), most, unit, at_most=True)
     for peer in peers:
         ratios = []
         for what in ("wall", "server CPU a blob", "peak memory", "calm client, p99"):
