@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import cast
 
@@ -58,7 +57,7 @@ class Http2Server:
         except OSError as error:
             raise StoreUnusable(f"can't listen at {address}: {error.strerror}") from error
         loop = asyncio.get_running_loop()
-        turns = Turns(loop.time, time.thread_time, loop.call_soon)
+        turns = Turns(loop.time, loop.call_soon)
         try:
             self._server = await loop.create_server(
                 lambda: _Connection(self._routes, self._connections, self._note_lost, turns, self._load),

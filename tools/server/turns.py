@@ -74,12 +74,9 @@ class Turns:
     def __init__(
         self,
         clock: Callable[[], float],
-        cpu: Callable[[], float],
         call_soon: Callable[[Callable[[], None]], Any],
     ) -> None:
-        """`clock`: the loop's; `cpu`: what its thread has used of a processor. Seconds."""
         self._clock = clock
-        self._cpu = cpu
         self._call_soon = call_soon
         self._light = _Line()
         self._heavy = _Line()
@@ -121,13 +118,13 @@ class Turns:
         return self._light if worker.is_light else self._heavy
 
     def _have_worked(self, worker: Worker, seconds: float) -> bool:
-        began = self._cpu()
+        began = self._clock()
         self._working = True
         more = worker.work(seconds)
         self._working = False
-        # Not by the clock: where others want the processor or the interpreter, a calm client's call of 0.2 ms is often
-        # interrupted for ten times as long, and it would wait behind hundreds that weren't.
-        worker.used += min(self._cpu() - began, _AHEAD_MOST)
+        # By the clock, and no more than so much: an interruption mustn't be paid for by whoever it happened to, and
+        # asking for the CPU's time takes as long as much of what is measured.
+        worker.used += min(self._clock() - began, _AHEAD_MOST)
         return more and not worker.queued
 
     def _wait(self, worker: Worker) -> None:

@@ -17,15 +17,13 @@ class Machine:
 
     def __init__(self) -> None:
         self.now = 100.0
-        self.cpu = 0.0
         self.soon: deque[Callable[[], None]] = deque()
-        self.turns = Turns(lambda: self.now, lambda: self.cpu, self.soon.append)
+        self.turns = Turns(lambda: self.now, self.soon.append)
         self.order: list[str] = []
 
     def spend(self, seconds: float) -> None:
         """Work for so long."""
         self.now += seconds
-        self.cpu += seconds
 
     def pause(self) -> None:
         """The loop had nothing to do for a while."""
@@ -232,23 +230,3 @@ def test_who_is_added_by_its_own_work_has_one_more_turn(machine: Machine) -> Non
     one.following = None
     machine.run()
     assert machine.order == ["one", "one"]
-
-
-class Interrupted(Connection):
-    """Each time it works, something else has the processor for long."""
-
-    def work(self, seconds: float) -> bool:
-        more = super().work(seconds)
-        self._machine.now += 20 * SLICE_SECONDS
-        return more
-
-
-def test_who_is_interrupted_is_not_charged_for_it(machine: Machine) -> None:
-    one = Interrupted(machine, "one", 20 * SLICE_SECONDS)
-    other = Connection(machine, "other", 20 * SLICE_SECONDS)
-    machine.turns.add(one)
-    machine.turns.add(other)
-    machine.run()
-    for begun in (10, 20, 30):
-        shares = machine.order[:begun].count("one"), machine.order[:begun].count("other")
-        assert abs(shares[0] - shares[1]) <= 2, shares

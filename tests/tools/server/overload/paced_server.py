@@ -156,7 +156,7 @@ class PacedServer:
         limits = GrpcLimits(uploads=self.bounds.uploads)
         self.calls = Calls(self.services, Anybody(), limits.idle_seconds, self.gate)
         self.http2 = Http2Server(map(self._price, self.calls.endpoints), limits, self.load)
-        self.turns = Turns(self.loop.time, self.loop.time, self.loop.call_soon)
+        self.turns = Turns(self.loop.time, self.loop.call_soon)
 
     def connect(self, peer: Peer) -> Peer:
         """Have a client's end joined to this."""

@@ -29,7 +29,7 @@ class _World:
     def __init__(self) -> None:
         self.now = 0.0
         self.soon: deque[Callable[[], None]] = deque()
-        self.turns = Turns(lambda: self.now, lambda: self.now, self.soon.append)
+        self.turns = Turns(lambda: self.now, self.soon.append)
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
