@@ -90,12 +90,12 @@ def test_uploads_piece_by_piece_that_break_off_leave_nothing(store: Store, size:
         async with world(store, loop, Costs(frame=0.01)) as here:
             loop.thread_seconds = 1.0
             bazel = here.bazel(4)
-            await bazel.upload_all(make_uploads(60, size))
+            await bazel.upload_all(make_uploads(40, size))
             return bazel.fate
 
     fate = run_virtually(main)
-    assert (fate.done, fate.failed) == (60, {})
-    assert fate.tries > 60
+    assert (fate.done, fate.failed) == (40, {})
+    assert fate.tries > 40
     assert (fate.resumed > 0) == goes_on
 
 
