@@ -35,6 +35,11 @@ class Outgoing:
         self._blocked: dict[int, Stream] = {}
         self._buffers: list[Buffer] = []
 
+    @property
+    def is_blocked(self) -> bool:
+        """Something waits for the peer to open a window."""
+        return bool(self._blocked)
+
     def take(self) -> list[Buffer]:
         """What is to be sent, in order; it counts as sent."""
         buffers, self._buffers = self._buffers, []

@@ -35,6 +35,8 @@ class Owner(Protocol):
     def answer(self, call: GrpcCall, answer: Answer) -> bool: ...
     def fail(self, call: GrpcCall, error: Exception) -> bool: ...
     def await_client(self, change: int) -> None: ...
+    def ask_for(self, call: GrpcCall, size: int) -> None: ...
+    def have_come(self, size: int) -> None: ...
 
 
 class GrpcCall(Stream):
@@ -52,6 +54,7 @@ class GrpcCall(Stream):
         "deadline",
         "heard",
         "held",
+        "is_asking",
         "left",
         "message",
         "moved",
@@ -76,6 +79,8 @@ class GrpcCall(Stream):
         """Bytes of them."""
         self._advanced = 0
         """Bytes of it that were allowed before they came."""
+        self.is_asking = False
+        """More of it will be allowed when there is room for it."""
         self.started = False
         """It is begun, or waits to be."""
         self.message: bytes | None = None
@@ -197,12 +202,27 @@ class GrpcCall(Stream):
         if self.size < whole:
             # A message may be larger than what may come before it is taken.
             lacking = whole - self.size - self.room
-            if lacking > 0 and self.receiving:
+            if lacking > 0 and self.receiving and not self.is_asking:
                 more = max(lacking - self.credit, 0)
-                self._advanced += more
-                self._owner.connection.allow(self, more, least=0)
+                if more:
+                    self.is_asking = True
+                    self._owner.ask_for(self, more)
+                else:
+                    self._owner.connection.allow(self, 0, least=0)
             return 0
         return int(whole)
+
+    def advance(self, size: int) -> None:
+        """Allow so many bytes of the next message, for which there is room."""
+        self.is_asking = False
+        self._advanced += size
+        self._owner.connection.allow(self, size, least=0)
+
+    def have_come(self) -> None:
+        """What was allowed before it came is here, or won't come any more."""
+        if self._advanced:
+            self._owner.have_come(self._advanced)
+            self._advanced = 0
 
     def take(self) -> bytes | None:
         """The next message, if all of it is there. Raises what is wrong with it."""
@@ -223,7 +243,7 @@ class GrpcCall(Stream):
         # What was taken may come again: a client sends on while this message is worked on.
         if self.receiving:
             self._owner.connection.allow(self, whole - self._advanced)
-            self._advanced = 0
+        self.have_come()
         message = data[start + _PREFIX_BYTES : end]
         return self._expand(message) if data[start] else message
 

@@ -32,6 +32,8 @@ from tools.server.load import FEW_STREAMS, Load
 from tools.server.status import as_status
 from tools.server.waits import Reason, find_mark, find_place
 
+_BEFORE_MOST = 128
+"""Calls that may wait of a connection which is read, though there is no room, for what others of its calls wait for."""
 _PARSE_BYTES = 4 << 10
 """That are parsed between two looks at the clock."""
 _numbers = count(1)
@@ -87,8 +89,8 @@ class ConnectionCalls:
                 full = self._load.leave(self.number, self.ready_again)
                 if full:
                     self._restrain()
-                # What is begun is finished, whatever else lies before what it waits for.
-                self.left = full and not self._awaited
+                # What is begun is finished, though what it waits for may lie behind more calls.
+                self.left = full and not (self._awaits_client and self._load.own(self.number) < _BEFORE_MOST)
                 parsing = not self.left and connection.parse(_PARSE_BYTES)
             elif whole and self.paused is None:
                 self._begin(whole.popleft())
@@ -105,6 +107,24 @@ class ConnectionCalls:
     def _relax(self) -> None:
         self.restrained = False
         self.connection.ask_for_streams(self.routes.limits.streams)
+
+    @property
+    def _awaits_client(self) -> bool:
+        return self._awaited > 0 or self.connection.out.is_blocked
+
+    def ask_for(self, call: GrpcCall, size: int) -> None:
+        """Have a call's client asked for more of a large message, when there is room for it."""
+        self._load.ask_for(size, partial(self._advance, call, size), at_once=call.started)
+
+    def have_come(self, size: int) -> None:
+        """So many bytes of that have come, or won't."""
+        self._load.have_come(size)
+
+    def _advance(self, call: GrpcCall, size: int) -> bool:
+        if self.connection.streams.get(call.id) is not call or not call.receiving:
+            return False
+        call.advance(size)
+        return True
 
     def await_client(self, change: int) -> None:
         """One more call (1), or one fewer (-1), waits for what its client sends or takes."""
@@ -146,6 +166,8 @@ class ConnectionCalls:
         """What it waits for, and since when if that is known."""
         if call.trailers is not None:
             return Reason.CLIENT, call.heard
+        if call.is_asking:
+            return Reason.TURN, call.heard
         if not call.started:
             # What the client sent may be here, or in the socket, where the connection is not read on.
             unparsed = self.connection.unparsed and not self.connection.hungry
@@ -175,8 +197,8 @@ class ConnectionCalls:
             call = cast("GrpcCall", stream)
             if call.trailers is not None and call.waiting != call.left:
                 call.left, call.heard = call.waiting, now
-            if self.left and call.heard:
-                # What it waits for may have come.
+            if (self.left or call.is_asking) and call.heard:
+                # What it waits for may have come, or its client doesn't send it as it may not.
                 call.heard = now
             if not call.heard or now - call.heard < most:
                 continue
@@ -238,6 +260,7 @@ class ConnectionCalls:
 
     def broken(self, call: GrpcCall) -> None:
         """Nobody waits for the answer."""
+        call.have_come()
         if call.task is not None:
             call.task.cancel()
 
@@ -306,11 +329,14 @@ class ConnectionCalls:
             return False
         if answer is None:
             return self._end(call, OK)
+        call.have_come()
         if call.answering:
             connection.out.send_data(call, PREFIX.pack(0, len(answer)), answer)
             connection.out.send_trailers(call, OK)
         else:
             connection.out.answer(call, HEADERS, PREFIX.pack(0, len(answer)) + answer, OK)
+        if self.left and connection.out.is_blocked:
+            self.ready_again()
         return True
 
     def fail(self, call: GrpcCall, error: Exception) -> bool:
@@ -319,6 +345,7 @@ class ConnectionCalls:
 
     def _end(self, call: GrpcCall, trailers: bytes) -> bool:
         call.heard = 0.0
+        call.have_come()
         if self.connection.streams.get(call.id) is not call or call.trailers is not None:
             return False
         self.connection.out.send_trailers(call, trailers if call.answering else HEADERS + trailers)

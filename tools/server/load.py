@@ -12,7 +12,7 @@ Used in the loop's thread.
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 
 _CALLS_MOST = 4_000
@@ -21,6 +21,9 @@ _UNPARSED_MUCH = 4 << 20
 """Bytes of all connections that were read and wait for their connection's turn, from which little is read at a time."""
 _OWN_LEAST = 2
 """Calls that a connection may have waiting, however much there is."""
+_COMING_MOST = 64 << 20
+"""Bytes of messages that don't fit into a stream's window, and were asked for before they are whole. Not of those that
+wait: whoever is slow to send them doesn't keep others from being read."""
 FEW_STREAMS = _OWN_LEAST
 """That a connection which isn't read on may have, beside those that are being answered."""
 _AT_A_TIME = 16
@@ -30,9 +33,15 @@ _AT_A_TIME = 16
 class Load:
     """Of one loop. `calls`: those that are whole and wait for their turn; `bytes`: of them."""
 
-    def __init__(self, calls_most: int = _CALLS_MOST, bytes_most: int = _BYTES_MOST) -> None:
+    def __init__(
+        self, calls_most: int = _CALLS_MOST, bytes_most: int = _BYTES_MOST, coming_most: int = _COMING_MOST
+    ) -> None:
         self.calls = 0
         self.bytes = 0
+        self.coming = 0
+        """Bytes that clients were asked for, of messages that aren't whole yet."""
+        self._coming_most = coming_most
+        self._wanted: deque[tuple[int, Callable[[], bool]]] = deque()
         self.unparsed = 0
         """Bytes that were read, and that their connections haven't had a turn to work on."""
         self._calls_most = calls_most
@@ -62,6 +71,38 @@ class Load:
         """Connections that aren't read on."""
         return len(self._left)
 
+    def own(self, owner: Hashable) -> int:
+        """Calls of it that wait."""
+        return self._own.get(owner, 0)
+
+    def ask_for(self, size: int, grant: Callable[[], bool], *, at_once: bool) -> None:
+        """Have `grant` called when so many bytes may be asked of a client, of a message that isn't whole.
+
+        It says whether they still are wanted; if so, `have_come` has to be called once for them.
+        `at_once`: they are of a call that is begun.
+        """
+        if at_once:
+            self.coming += size
+            grant()
+        else:
+            self._wanted.append((size, grant))
+            self._grant()
+
+    def have_come(self, size: int) -> None:
+        """So many bytes that were asked for have come, or won't."""
+        self.coming -= size
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._wanted and not self.is_full:
+            size, grant = self._wanted[0]
+            if self.coming and self.coming + size > self._coming_most:
+                return
+            self._wanted.popleft()
+            self.coming += size
+            if not grant():
+                self.coming -= size
+
     def hold(self, owner: Hashable, size: int) -> None:
         """A call of `owner` with so many bytes begins to wait."""
         self.calls += 1
@@ -76,6 +117,8 @@ class Load:
             self._own[owner] -= 1
         else:
             del self._own[owner]
+        if self._wanted:
+            self._grant()
         if self._left:
             if self._own.get(owner, 0) < _OWN_LEAST and (again := self._left.pop(owner, None)) is not None:
                 again()

@@ -227,6 +227,7 @@ class PacedServer:
             "calls": load.calls,
             "bytes": load.bytes,
             "unread": load.left,
+            "bytes on their way": load.coming,
             "owners": dict(load._own),
             "coming": len(gate._coming),
             "waiting": gate.waiting,

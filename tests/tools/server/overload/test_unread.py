@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import pytest
 
 from store.repository import Store
-from tests.tools.server.overload.bazel import make_uploads
+from tests.tools.server.overload.bazel import Upload, make_uploads
 from tests.tools.server.overload.peer import Peer
 from tests.tools.server.overload.scenario import World, world
 from tests.tools.server.overload.virtual_time import VirtualLoop, run_virtually
 from tools.http2 import frames
+from tools.http2.stream import STREAM_WINDOW
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.reapi.methods import Method
+from tools.server.http2_calls import _BEFORE_MOST
 from tools.server.http2_server import _Connection
+from tools.server.requests import write_digest
 
 SECONDS = 200.0
 """Longer than a connection may say nothing, and than a ping may be without an answer."""
@@ -91,15 +98,20 @@ def test_whoever_was_asked_for_few_calls_does_not_count_as_calm(store: Store) ->
     run_virtually(main)
 
 
-def test_an_answer_goes_on_whose_window_is_opened_behind_calls_that_there_is_no_room_for(store: Store) -> None:
+@pytest.mark.parametrize("method", [methods.READ, methods.BATCH_READ_BLOBS], ids=lambda method: str(method.name))
+def test_an_answer_goes_on_whose_window_is_opened_behind_calls_that_there_is_no_room_for(
+    store: Store, method: Method
+) -> None:
     async def main(loop: VirtualLoop) -> None:
         async with world(store, loop) as here:
             (blob,) = make_uploads(1, size=WINDOW + (WINDOW >> 1), seed=6)
             here.server.services.uploads.add_all([(blob.digest, blob.data)])
             peer, number = await connect(here)
             stream = peer._next
-            request = bytestream.ReadRequest(resource_name=str(blob.name._replace(upload="")))
-            reading = loop.create_task(peer.call(methods.READ, request.SerializeToString()))
+            request: Any = reapi.BatchReadBlobsRequest(digests=[write_digest(blob.digest)])
+            if method is methods.READ:
+                request = bytestream.ReadRequest(resource_name=str(blob.name._replace(upload="")))
+            reading = loop.create_task(peer.call(method, request.SerializeToString()))
             await asyncio.sleep(1)
             assert not reading.done()
             with no_room(here, number):
@@ -159,5 +171,64 @@ def test_a_message_half_of_which_is_not_read_is_waited_for(store: Store) -> None
                 peer.pipe.send(frames.frame(frames.DATA, 0, stream, body[: frames.FRAME_LEAST]))
                 peer.pipe.send(frames.frame(frames.DATA, frames.END_STREAM, stream, body[frames.FRAME_LEAST :]))
             await asyncio.gather(writing, *answers)
+
+    run_virtually(main)
+
+
+def make_batch(upload: Upload) -> bytes:
+    item = reapi.BatchUpdateBlobsRequest.Request(digest=write_digest(upload.digest), data=upload.data)
+    return reapi.BatchUpdateBlobsRequest(requests=[item]).SerializeToString()
+
+
+def test_who_has_a_call_that_waits_for_its_client_brings_no_more_than_a_few_windows(store: Store) -> None:
+    async def main(loop: VirtualLoop) -> None:
+        async with world(store, loop) as here:
+            (half,) = make_uploads(1, size=20_000, seed=14)
+            peer, number = await connect(here)
+            load = here.server.load
+            begun = loop.create_task(peer.call(methods.WRITE, half.messages(0)[0], ends=False))
+            await asyncio.sleep(1)
+            with no_room(here, number):
+                before = load.bytes
+                uploads = make_uploads(400, size=200_000, seed=15)
+                answers = [
+                    loop.create_task(peer.call(methods.BATCH_UPDATE_BLOBS, make_batch(upload))) for upload in uploads
+                ]
+                await asyncio.sleep(20)
+                assert load.own(number) <= _BEFORE_MOST + 2
+                assert load.bytes - before <= 128 * STREAM_WINDOW
+                assert not load.coming
+            await asyncio.gather(*answers)
+            begun.cancel()
+            await asyncio.gather(begun, return_exceptions=True)
+
+    run_virtually(main)
+
+
+def test_messages_that_are_not_whole_are_bounded_too(store: Store) -> None:
+    async def main(loop: VirtualLoop) -> None:
+        async with world(store, loop) as here:
+            load = here.server.load
+            load._coming_most = 1 << 20
+            peers = [here.connect() for _ in range(4)]
+            uploads = make_uploads(80, size=400_000, seed=16)
+            calls = [
+                loop.create_task(
+                    peers[number % 4].call(methods.BATCH_UPDATE_BLOBS, make_batch(upload), ends=number % 3 > 0)
+                )
+                for number, upload in enumerate(uploads)
+            ]
+            coming = []
+            # A third of them never ends, and is given up after a while.
+            for _ in range(1000):
+                await asyncio.sleep(0.1)
+                coming.append(load.coming)
+            assert 700_000 < max(coming) <= load._coming_most
+            for call in calls[::3]:
+                assert not call.done() or call.exception()
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            assert all(call.exception() is None for number, call in enumerate(calls) if number % 3)
+            assert not load.coming
 
     run_virtually(main)
