@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
@@ -334,7 +333,8 @@ class _Checkout:
 
     def run(self, root: Directory, descriptor: int) -> CheckedOut:
         """Write everything below `root` into the open directory."""
-        _raise_descriptor_limit()
+        # One is held for each level of the tree.
+        kernel.raise_open_files()
         pool = ThreadPoolExecutor(self._workers, "checkout")
         # In order, not whichever is done first: `concurrent.futures.wait` holds the locks of many futures, and
         # keeps them where a signal's exception interrupts it.
@@ -433,10 +433,3 @@ class _Checkout:
                 self._progress(len(entries), size)
         finally:
             directory.release()
-
-
-def _raise_descriptor_limit() -> None:
-    """One descriptor per level of the tree is held: the default limit is 1,024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

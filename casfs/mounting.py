@@ -15,7 +15,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +35,7 @@ from casfs.tree import ProjectedTree
 from casfs.writable import cover, opened_upper
 from store.digest import Digest
 from store.errors import MissingBlob
+from store.kernel import raise_open_files
 from store.layout import Layout
 from store.leases import mount_source
 from store.repository import SourceOptions, Store
@@ -249,7 +250,8 @@ def _serve(request: Request, engine: str, why: str, ready: Callable[[MountReport
             with store.index.view() as view:
                 directory = get_directory(view, root)
             missing = store.manifests.count_missing(root, request.name)
-            _raise_descriptor_limit()
+            # A session that serves reads has one for each open file.
+            raise_open_files()
             tree = ProjectedTree(store.index, directory)
             session, contents = _make_session(store, tree, path, engine, tracer)
             report = MountReport(session.engine, why, missing, os.getpid())
@@ -350,10 +352,3 @@ def _make_control(
             return steering.remap(decode_changes(request["changes"]))
 
     return ControlServer(mounted, {"statistics": describe, "remap": remap})
-
-
-def _raise_descriptor_limit() -> None:
-    """A session that serves reads has a descriptor per open file; the default limit is 1,024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

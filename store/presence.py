@@ -84,21 +84,25 @@ class Presence:
             known = [is_known(view, digest) for digest in digests]
         return self._look(unknown, digests, known, may_wait)
 
-    def vouches(self, name: Name) -> bool:
-        """Whether a file that has a blob's name surely has its bytes; never waits.
+    def vouch(self, name: Name) -> set[Name] | None:
+        """Whether a file that has a blob's name surely has its bytes: if so, what `note_open` is to be given.
 
-        Who then opens it tells `note_open`: of one blob that costs half of what `find_absent` does. Raises BadDigest.
+        Never waits. Who then opens it tells `note_open`: of one blob that costs half of what `find_absent` does. Raises
+        BadDigest.
         """
         with self._index.view() as view:
             self._keep_up(view)
-            return name in self._young or name in self._old or is_known(view, as_digest(name))
+            if name in self._young or name in self._old or is_known(view, as_digest(name)):
+                return self._young
+        return None
 
-    def note_open(self, name: Name, descriptor: int) -> None:
+    def note_open(self, name: Name, descriptor: int, vouched: set[Name]) -> None:
         """The file of a blob that is vouched for is open: so it is here, and counts as used now."""
         if name not in self._young and name not in self._old:
             with suppress(PermissionError):  # another user's file, and its owner's to touch
                 os.utime(descriptor)
-            self._young.add(name)
+            # Not in the set of now: what was removed since is forgotten with the one of then.
+            vouched.add(name)
 
     def _look(
         self, names: Sequence[Name], digests: Sequence[Digest], known: Sequence[bool], may_wait: bool

@@ -159,16 +159,32 @@ def test_to_be_asked_for_is_to_be_used(store: Store) -> None:
 def test_to_be_opened_is_to_be_used(store: Store) -> None:
     [opened, unnoted] = add(store, bytes(1000), bytes(1001), age=5 * HOUR)
     [name, other] = names(opened, unnoted)
-    assert store.presence.vouches(name)
+    vouched = store.presence.vouch(name)
+    assert vouched is not None
     assert not store.presence.remembers(name), "its file may be gone"
     descriptor = store.blobs.open(opened)
-    store.presence.note_open(name, descriptor)
+    store.presence.note_open(name, descriptor, vouched)
     os.close(descriptor)
     assert store.presence.remembers(name)
-    assert store.presence.vouches(other)
+    assert store.presence.vouch(other) is not None
     store.collector.collect(0, 0, grace=60)
     assert store.blobs.has(opened)
-    assert not store.presence.vouches(other)
+    assert store.presence.vouch(other) is None
+
+
+def test_what_is_removed_between_two_steps_is_not_taken_for_open(store: Store) -> None:
+    [removed, other] = add(store, bytes(1000), bytes(1001), age=5 * HOUR)
+    [name, unrelated] = names(removed, other)
+    vouched = store.presence.vouch(name)
+    assert vouched is not None
+    descriptor = store.blobs.open(removed)
+    store.collector.collect(0, 0)
+    # Another thread's question, which forgets all that was known.
+    assert not store.presence.remembers(unrelated)
+    assert store.presence.vouch(unrelated) is None
+    store.presence.note_open(name, descriptor, vouched)
+    os.close(descriptor)
+    assert store.presence.find_absent([name]) == [name]
 
 
 def test_what_is_removed_is_forgotten_at_once(store: Store) -> None:
@@ -195,7 +211,7 @@ def test_a_file_without_a_row_is_hashed_where_waiting_does_no_harm(store: Store)
     path.write_bytes(b"put there by Bazel")
     with pytest.raises(WouldWait):
         store.presence.find_absent(names(digest), may_wait=False)
-    assert not store.presence.vouches(*names(digest))
+    assert store.presence.vouch(*names(digest)) is None
     assert store.presence.find_absent(names(digest)) == []
     assert store.blobs.is_verified(digest)
 

@@ -172,9 +172,8 @@ class Downloads:
 
     def read_here(self, name: Name) -> bytes | None:
         """A whole blob of one to a piece's bytes, if it is known to be here. Raises WouldWait, BadDigest."""
-        if not self._presence.vouches(name):
-            return None
-        return self._read_present(self._blobs.directory_of(name[0]), name)
+        vouched = self._presence.vouch(name)
+        return None if vouched is None else self._read_present(self._blobs.directory_of(name[0]), name, vouched)
 
     def _open_present(self, digest: Digest) -> int:
         try:
@@ -205,8 +204,11 @@ class Downloads:
         directory = self._blobs.directory_of(names[0][0])
         return [self._read_present(directory, name) if name[2] else b"" for name in names]
 
-    def _read_present(self, directory: int, name: Name) -> bytes:
-        """A whole blob that is vouched for, without waiting; `directory`: of its function. Raises WouldWait."""
+    def _read_present(self, directory: int, name: Name, vouched: set[Name] | None = None) -> bytes:
+        """A whole blob that was found, or is `vouched` for, without waiting; `directory`: of its function.
+
+        Raises WouldWait.
+        """
         _, hash_, size = name
         buffer = _buffers.piece
         try:
@@ -214,8 +216,8 @@ class Downloads:
             try:
                 # More than it has: so a file that is longer is noticed, too.
                 count = os.preadv(descriptor, (buffer,), 0, os.RWF_NOWAIT if _can_read_now else 0)
-                if count == size:
-                    self._presence.note_open(name, descriptor)
+                if count == size and vouched is not None:
+                    self._presence.note_open(name, descriptor, vouched)
             finally:
                 os.close(descriptor)
         except OSError as error:

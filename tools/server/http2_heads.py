@@ -28,6 +28,8 @@ _ENTRY_BYTES = 32
 """What a header counts for beside its text (RFC 9113, section 6.5.2)."""
 _STATUS_MOST = 4096
 """Bytes of a status's message, and of its details: clients bound headers at 8 KiB, and a frame at 16."""
+_TIMEOUT_BYTES = 9
+"""Of a valid one."""
 _KNOWN_MOST = 256
 """Headers whose meaning is remembered; none is longer than a few times the bound of a request's."""
 _CUT_QUOTE = re.compile("%.?$")
@@ -56,10 +58,13 @@ class Routes:
 
     def interpret(self, headers: list[Header]) -> tuple[Head, int]:
         """What they say, and the bytes of the body or -1. Raises Malformed."""
+        if len(headers) * _ENTRY_BYTES > self.limits.header_bytes:
+            # A byte each is enough to name one that came before: neither looked at nor remembered.
+            return _refuse(Exhausted(f"{len(headers)} headers: {self.limits.header_bytes // _ENTRY_BYTES} may be")), -1
         # The same ones come again and again, but for the time that is left to the call.
         timeout = b""
         for position, header in enumerate(headers):
-            if header[0] == b"grpc-timeout":
+            if header[0] == b"grpc-timeout" and len(header[1]) <= _TIMEOUT_BYTES:
                 timeout = header[1]
                 headers[position] = _SOME_TIME
         key = tuple(headers)

@@ -163,8 +163,10 @@ class HttpCache:
         result = reapi.ActionResult.FromString(message)
         actions = _actions(name)
         whole = [action for action in actions if self._results.names_what_can_be_had(action, name.instance, message)]
-        for action in whole[:1] or actions:
-            self._service.update(
+        for number, action in enumerate(whole[:1] or actions):
+            # Only one of two goes to an upstream: that by the function that nearly all have.
+            service = self._results if number else self._service
+            service.update(
                 reapi.UpdateActionResultRequest(
                     instance_name=name.instance,
                     action_digest=write_digest(action),

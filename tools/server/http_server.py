@@ -7,7 +7,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Set
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, cast
@@ -80,13 +80,12 @@ class HttpLimits:
 class _Connection(RequestHandler):
     """One that ends if a head doesn't come: the first, or one that has begun. aiohttp itself only minds silence."""
 
-    __slots__ = ("_answering", "_head", "number", "patience")
+    __slots__ = ("_head", "number", "patience")
 
     def __init__(self, manager: web.Server, patience: float, **options: Any) -> None:
         super().__init__(manager, **options)
         self.number = next(_numbers)
         self.patience = patience
-        self._answering = False
         self._head: asyncio.TimerHandle | None = None
         """Ends the connection; set while a head is waited for."""
 
@@ -102,32 +101,25 @@ class _Connection(RequestHandler):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come: the body of the request that is being answered, or a head."""
-        if not self._answering and self._head is None:
+        """Take what has come: the body of a request, or a head."""
+        # aiohttp's own sign that it waits for a head: what comes otherwise may be the rest of a body that was refused.
+        waiter = self._waiter
+        if self._head is None and waiter is not None and not waiter.done() and data.strip(b"\r\n"):
             self._await_head()
         super().data_received(data)
 
     def _await_head(self) -> None:
         self._head = asyncio.get_running_loop().call_later(self.patience, self.force_close)
 
-    def _have_head(self) -> None:
+    def have_head(self) -> None:
+        """A request has come."""
         if self._head is not None:
             self._head.cancel()
             self._head = None
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """A request has come, and is being answered."""
-        self._have_head()
-        self._answering = True
-        try:
-            yield
-        finally:
-            self._answering = False
-
     def connection_lost(self, exc: BaseException | None) -> None:
         """Wait for nothing more."""
-        self._have_head()
+        self.have_head()
         super().connection_lost(exc)
 
 
@@ -181,8 +173,8 @@ class HttpServer:
         self._requests[number] = _Request(request, asyncio.current_task(), now)
         self._idle.clear()
         try:
-            with cast("_Connection", request.protocol).answering():
-                response = await self._adapter.handle(request)
+            cast("_Connection", request.protocol).have_head()
+            response = await self._adapter.handle(request)
         finally:
             del self._requests[number]
             if not self._requests:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from casfs.daemon import logging_to
 from store.errors import BadInput
+from store.kernel import raise_open_files
 from store.layout import Layout
 from store.repository import SourceOptions, Store
 from store.sessions import Session
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from tools.worker.report import ReportTaker
 
 DRAIN_SECONDS = 20.0
+_OPEN_MOST = 1 << 16
+"""Files and connections that may be open. Not all that the system allows: actions inherit it, and some programs
+close as many when they begin."""
 _loop_faults = FaultLog(logging.getLogger("asyncio"))
 
 
@@ -243,6 +247,7 @@ async def _serve(
 ) -> None:
     """Open all, serve until `stop` is set, drain, close all."""
     _keep_memory()
+    raise_open_files(_OPEN_MOST)
     asyncio.get_running_loop().set_exception_handler(_note_exception)
     sources, upstream = options.sources, None
     if options.upstream is not None:

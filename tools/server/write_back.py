@@ -77,6 +77,8 @@ class WriteBack:
         self._sent_blobs = 0
         self._sent_results = 0
         self._end = float("inf")
+        self._late: dict[Result, float] = {}
+        """Results that aren't whole yet, since clients may bring one before its blobs; until when that is waited for."""
         # Set before `close`:
         self._latest = float("inf")
 
@@ -142,9 +144,12 @@ class WriteBack:
     def _take(self) -> list[Digest | Result]:
         with self._changed:
             while not self._waiting and not self._closed:
-                self._changed.wait()
-            self._under_way = min(len(self._waiting), _ROUND_MOST)
-            return [self._waiting.popleft() for _ in range(self._under_way)]
+                if not self._changed.wait(_PAUSE_SECONDS if self._late else None):
+                    break
+            # Behind what they may wait for.
+            items = [self._waiting.popleft() for _ in range(min(len(self._waiting), _ROUND_MOST))] + list(self._late)
+            self._under_way = len(items)
+            return items
 
     def _send_patiently(self, items: list[Digest | Result]) -> None:
         until = time.monotonic() + self._limits.retry_seconds
@@ -154,13 +159,19 @@ class WriteBack:
                 return
             except Unreachable as error:
                 if time.monotonic() + _PAUSE_SECONDS > min(until, self._end):
-                    self._drop(len(items), str(error))
+                    self._give_up(items, error)
                     return
             except Exception as error:  # noqa: BLE001 - what is wrong with these may not be with the next
-                self._drop(len(items), str(error))
+                self._give_up(items, error)
                 return
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, _PAUSE_SECONDS)
+
+    def _give_up(self, items: list[Digest | Result], error: Exception) -> None:
+        for item in items:
+            if isinstance(item, Result):
+                self._late.pop(item, None)
+        self._drop(len(items), str(error))
 
     def _send(self, items: list[Digest | Result]) -> None:
         results = {item: self._actions.find(item.action, item.instance) for item in items if isinstance(item, Result)}
@@ -169,12 +180,31 @@ class WriteBack:
         failed = set[Digest]()
         for function in DigestFunction:
             failed |= self._send_blobs([digest for digest in dict.fromkeys(wanted) if digest.function is function])
+        awaited = set[Digest]()
         for item, found in results.items():
-            if found is None or not failed.isdisjoint(map(as_digest, found[1])):
-                self._drop(1, f"the result of {item.action} isn't whole")
-            else:
+            lacking = failed.intersection(map(as_digest, found[1])) if found else set()
+            if found and not lacking:
+                self._late.pop(item, None)
                 self._upstream.client().write_result(item.action, item.instance, found[0])
                 self._sent_results += 1
+            elif not any(map(self._blobs.has_file, lacking)) and self._put_off(item):
+                awaited |= lacking
+            else:
+                self._drop(1, f"the result of {item.action} isn't whole")
+        unknown = {digest for digest in failed if not self._upstream.client().knows(digest.function)}
+        for function in {digest.function for digest in unknown}:
+            self._drop(sum(digest.function is function for digest in unknown), f"it has no blobs by {function.label}")
+        if left := failed - unknown - awaited:
+            self._drop(len(left), "collected meanwhile, or refused")
+
+    def _put_off(self, item: Result) -> bool:
+        """Whether to wait for what it lacks."""
+        now = time.monotonic()
+        until = self._late.pop(item, now + self._limits.retry_seconds)
+        if self._closed or now >= until or len(self._late) >= _ROUND_MOST:
+            return False
+        self._late[item] = until
+        return True
 
     def _send_blobs(self, digests: list[Digest]) -> set[Digest]:
         """Upload what is missing there; those that it still hasn't."""
@@ -182,12 +212,9 @@ class WriteBack:
         if not digests:
             return set()
         if not client.knows(digests[0].function):
-            self._drop(len(digests), f"it has no blobs by {digests[0].function.label}")
             return set(digests)
         sent, failed = send_blobs(client, self._blobs, digests)
         self._sent_blobs += sent
-        if failed:
-            self._drop(len(failed), "collected meanwhile, or refused")
         return failed
 
 

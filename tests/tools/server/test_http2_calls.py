@@ -528,3 +528,27 @@ def test_connections_that_come_all_at_once_are_accepted_a_few_at_a_time() -> Non
             await server.drain(0)
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_headers_that_are_too_many_are_neither_read_nor_remembered() -> None:
+    begun = Endpoints()
+    routes = Routes(begun.all(), LIMITS)
+    most = LIMITS.header_bytes // 32
+    head, expected = routes.interpret([(b"x", b"y")] * (most + 1))
+    assert (head.endpoint, expected) == (None, -1)
+    assert head.refusal
+    usual = [
+        (b":method", b"POST"),
+        (b":scheme", b"http"),
+        (b":path", ECHO.path.encode()),
+        (b":authority", b"here"),
+        (b"content-type", b"application/grpc"),
+        (b"te", b"trailers"),
+    ]
+    assert not routes._known
+    for timeout in (b"1S", b"20m"):
+        assert routes.interpret([*usual, (b"grpc-timeout", timeout)])[0].timeout == timeout
+    assert len(routes._known) == 1
+    # One that is none counts among the bytes of the headers.
+    head, _ = routes.interpret([*usual, (b"grpc-timeout", b"1" * LIMITS.header_bytes)])
+    assert head.endpoint is None

@@ -225,6 +225,20 @@ def test_a_connection_is_kept_for_its_next_request(casfs: Casfs) -> None:
         assert web("GET", "/healthz").status == 200
 
 
+def test_a_connection_is_kept_whose_request_was_refused_before_all_of_it_came(casfs: Casfs) -> None:
+    with running(casfs, *HTTP, "--idle-timeout", "1s", "--read-only") as server:
+        with raw(server, put_head(ABSENT, 5)) as connection, raw(server, b"") as later:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 403 ")
+            # The rest of it comes, and a line end too many, which is no head.
+            connection.sendall(b"12345")
+            connection.sendall(b"\r\n")
+            assert read_all(later) == b""
+            with raw(server, b"") as still_later:
+                assert read_all(still_later) == b""
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_client_that_is_no_longer_there_is_found_out_by_the_kernel(casfs: Casfs) -> None:
     with running(casfs, *HTTP, "--idle-timeout", "9s") as server, HttpClient(server) as web:
         assert web("GET", "/healthz").status == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -479,3 +480,13 @@ def test_a_full_disk_is_told_and_what_was_acknowledged_stays(casfs: Casfs, small
         client.add(b"after there was room again")
         assert server.stop() == 0
         assert server.err == ""
+
+
+def test_a_server_takes_more_connections_than_files_are_usually_open(casfs: Casfs) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], 1024), before[1]))
+    try:
+        with running(casfs) as server:
+            assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (min(before[1], 1 << 16), before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

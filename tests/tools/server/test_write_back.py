@@ -13,7 +13,7 @@ import pytest
 from store.digest import Digest, DigestFunction
 from store.repository import SourceOptions, Store
 from tests.tools.conftest import Casfs
-from tests.tools.server.conftest import BLAKE3, SHA256, connected, running, wait_for
+from tests.tools.server.conftest import BLAKE3, HTTP, SHA256, HttpClient, connected, running, wait_for
 from tests.tools.server.odd import Odd, serving
 from tests.tools.server.test_upstream import ACTION, new, pair, result_of
 from tools.reapi.generated import remote_execution_pb2 as reapi
@@ -122,7 +122,7 @@ def test_an_upstream_that_comes_back_gets_what_waited(casfs: Casfs, tmp_path: Pa
 
 def test_a_result_brings_along_what_its_trees_need_and_comes_not_without(tmp_path: Path) -> None:
     with Store.open(tmp_path / "above") as above, serving(above, Odd(zstd=False)) as url:
-        with writing(tmp_path / "here", url, WriteBackLimits()) as (store, _, back):
+        with writing(tmp_path / "here", url, WriteBackLimits(retry_seconds=1.5)) as (store, _, back):
             with store.ingest() as ingest:
                 file = ingest.add_bytes(b"in a tree", SHA256)
                 directory = reapi.Directory(files=[reapi.FileNode(name="f", digest=write_digest(file))])
@@ -145,3 +145,19 @@ def test_an_upstream_that_only_reads_is_told_of_in_the_log(casfs: Casfs) -> None
         log = new(casfs, "here").store / "casfs.log"
         wait_for(lambda: "PERMISSION_DENIED" in log.read_text())
         assert near.missing(digests) == []
+
+
+def test_a_result_that_comes_before_its_blobs_follows_them(casfs: Casfs) -> None:
+    action, output = SHA256.of(b"an action"), b"its output"
+    with running(new(casfs, "above")) as upstream, connected(upstream) as far:
+        options = ("--upstream", f"grpc://{upstream.address}", "--write-back", *HTTP, "--http-validate-ac")
+        with running(new(casfs, "here"), *options) as server, HttpClient(server) as web:
+            assert web("PUT", f"/ac/{action.hex}", result_of(SHA256.of(output)).SerializeToString()).status == 200
+            # The round that finds it lacking takes this along.
+            web.put_blob(b"another")
+            wait_for(lambda: not far.missing([SHA256.of(b"another")]))
+            assert not _has_result(far, action)
+            web.put_blob(output)
+            wait_for(lambda: _has_result(far, action))
+            assert not far.missing([SHA256.of(output)])
+    assert "not written back" not in (new(casfs, "here").store / "casfs.log").read_text()
