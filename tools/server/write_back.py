@@ -78,7 +78,7 @@ class WriteBack:
         self._sent_results = 0
         self._end = float("inf")
         self._late: dict[Result, float] = {}
-        """Results that aren't whole yet, since clients may bring one before its blobs; until when that is waited for."""
+        """Results that aren't whole yet, as clients may bring one before its blobs; until when that is waited for."""
         # Set before `close`:
         self._latest = float("inf")
 
