@@ -73,6 +73,8 @@ class WriteBack:
         self._closed = False
         self._dropped = 0
         self._said = 0.0
+        self._told = 0
+        """Dropped ones of which the log knows."""
         # The thread's:
         self._sent_blobs = 0
         self._sent_results = 0
@@ -121,7 +123,7 @@ class WriteBack:
             left = len(self._waiting)
             if thread is not None and thread.is_alive():
                 left += self._under_way
-            if left:
+            if left or self._dropped > self._told:
                 self._drop(left, "this server ends", say=True)
             self._waiting.clear()
 
@@ -131,7 +133,7 @@ class WriteBack:
             self._dropped += count
             # Not a line for each blob of a build.
             if say or not self._said or now - self._said > _SAY_SECONDS:
-                self._said = now
+                self._said, self._told = now, self._dropped
                 log.warning("%s: %d not written back (%s), %d in all", url, count, why, self._dropped)
 
     # The thread.
