@@ -22,7 +22,7 @@ from tools.http2.stream import STREAM_WINDOW, TURN_WINDOW
 from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.resource_names import ResourceName
-from tools.server import gate, load, storing
+from tools.server import gate, http2_calls, load, serve, storing
 from tools.server.gate import Client, Gate
 from tools.server.http_server import HttpLimits
 from tools.server.load import Load
@@ -270,7 +270,12 @@ def test_the_page_for_operators_has_the_bounds_of_the_code() -> None:
     settings = Settings(Path("/nowhere"))
     for what, *bounds in (
         ("calls and blobs that wait for their turn", f"{load._CALLS_MOST:,} or {load._BYTES_MOST >> 20} MiB"),
-        ("and of one connection whatever the others do", f"{load._OWN_LEAST} calls"),
+        (
+            "and of one connection whatever the others do",
+            f"{load._OWN_LEAST} calls; {http2_calls._BEFORE_MOST} while a call that is begun waits for its client",
+        ),
+        ("messages of over 32 KiB (batches) on their way here", f"{load._COMING_MOST >> 20} MiB"),
+        ("connections and files that are open", f"{serve._OPEN_MOST:,}"),
         ("calls of a connection", f"{settings.serve_max_streams:,}"),
         ("bytes of an upload before its turn", f"{STREAM_WINDOW >> 10} KiB"),
         ("bytes of an upload that has its turn, not yet taken", f"{TURN_WINDOW >> 10} KiB"),
