@@ -36,7 +36,7 @@ class Owner(Protocol):
     def fail(self, call: GrpcCall, error: Exception) -> bool: ...
     def await_client(self, change: int) -> None: ...
     def ask_for(self, call: GrpcCall, size: int) -> None: ...
-    def have_come(self, size: int) -> None: ...
+    def have_come(self, call: GrpcCall, size: int) -> None: ...
 
 
 class GrpcCall(Stream):
@@ -220,9 +220,10 @@ class GrpcCall(Stream):
 
     def have_come(self) -> None:
         """What was allowed before it came is here, or won't come any more."""
-        if self._advanced:
-            self._owner.have_come(self._advanced)
+        if self._advanced or self.is_asking:
+            self._owner.have_come(self, self._advanced)
             self._advanced = 0
+            self.is_asking = False
 
     def take(self) -> bytes | None:
         """The next message, if all of it is there. Raises what is wrong with it."""

@@ -114,17 +114,14 @@ class ConnectionCalls:
 
     def ask_for(self, call: GrpcCall, size: int) -> None:
         """Have a call's client asked for more of a large message, when there is room for it."""
-        self._load.ask_for(size, partial(self._advance, call, size), at_once=call.started)
+        self._load.ask_for(call, size, partial(call.advance, size), at_once=call.started)
 
-    def have_come(self, size: int) -> None:
-        """So many bytes of that have come, or won't."""
-        self._load.have_come(size)
-
-    def _advance(self, call: GrpcCall, size: int) -> bool:
-        if self.connection.streams.get(call.id) is not call or not call.receiving:
-            return False
-        call.advance(size)
-        return True
+    def have_come(self, call: GrpcCall, size: int) -> None:
+        """So many bytes of that have come, or won't; it asks for no more."""
+        if call.is_asking:
+            self._load.ask_no_more(call)
+        if size:
+            self._load.have_come(size)
 
     def await_client(self, change: int) -> None:
         """One more call (1), or one fewer (-1), waits for what its client sends or takes."""

@@ -12,7 +12,7 @@ Used in the loop's thread.
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 
 _CALLS_MOST = 4_000
@@ -41,7 +41,7 @@ class Load:
         self.coming = 0
         """Bytes that clients were asked for, of messages that aren't whole yet."""
         self._coming_most = coming_most
-        self._wanted: deque[tuple[int, Callable[[], bool]]] = deque()
+        self._wanted: dict[Hashable, tuple[int, Callable[[], object]]] = {}
         self.unparsed = 0
         """Bytes that were read, and that their connections haven't had a turn to work on."""
         self._calls_most = calls_most
@@ -75,18 +75,20 @@ class Load:
         """Calls of it that wait."""
         return self._own.get(owner, 0)
 
-    def ask_for(self, size: int, grant: Callable[[], bool], *, at_once: bool) -> None:
-        """Have `grant` called when so many bytes may be asked of a client, of a message that isn't whole.
+    def ask_for(self, call: Hashable, size: int, grant: Callable[[], object], *, at_once: bool) -> None:
+        """Have `grant` called when so many bytes of a message may be asked of a client; then `have_come` is due.
 
-        It says whether they still are wanted; if so, `have_come` has to be called once for them.
         `at_once`: they are of a call that is begun.
         """
+        self._wanted[call] = size, grant
         if at_once:
-            self.coming += size
-            grant()
+            self._give(call)
         else:
-            self._wanted.append((size, grant))
             self._grant()
+
+    def ask_no_more(self, call: Hashable) -> None:
+        """It doesn't want them any more."""
+        self._wanted.pop(call, None)
 
     def have_come(self, size: int) -> None:
         """So many bytes that were asked for have come, or won't."""
@@ -95,13 +97,15 @@ class Load:
 
     def _grant(self) -> None:
         while self._wanted and not self.is_full:
-            size, grant = self._wanted[0]
+            call, (size, _) = next(iter(self._wanted.items()))
             if self.coming and self.coming + size > self._coming_most:
                 return
-            self._wanted.popleft()
-            self.coming += size
-            if not grant():
-                self.coming -= size
+            self._give(call)
+
+    def _give(self, call: Hashable) -> None:
+        size, grant = self._wanted.pop(call)
+        self.coming += size
+        grant()
 
     def hold(self, owner: Hashable, size: int) -> None:
         """A call of `owner` with so many bytes begins to wait."""
