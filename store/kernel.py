@@ -28,13 +28,18 @@ def syncfs(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def raise_open_files(most: int = resource.RLIM_INFINITY) -> None:
-    """Let this process, and what it starts, have as many files open as it may, or so many: 1,024 are usual."""
+def raise_open_files(most: int = sys.maxsize) -> int:
+    """Let this process, and what it starts, have as many files open as it may, or so many: 1,024 are usual.
+
+    Returns how many. The hard limit is a number on Linux: at most fs.nr_open.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if most == resource.RLIM_INFINITY or most > hard != resource.RLIM_INFINITY else most
-    if soft != resource.RLIM_INFINITY and (wanted == resource.RLIM_INFINITY or wanted > soft):
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    wanted = max(soft, min(most, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):
+        return soft
+    return wanted
 
 
 def fsync_path(path: str | Path) -> None:

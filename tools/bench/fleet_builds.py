@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from store.kernel import raise_open_files
 from tools.bench import bazel
 from tools.bench.bazel import Bazel, Built
-from tools.bench.fleet_servers import DRAINED_SECONDS, END_SECONDS, LoadedServer, loaded_server, raise_open_files
+from tools.bench.fleet_servers import DRAINED_SECONDS, END_SECONDS, LoadedServer, loaded_server
 from tools.bench.measuring import Outcome, Settings
 from tools.bench.scratch import stop
 from tools.bench.server import CASFS

@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from store.kernel import raise_open_files
 from tools.bench.fleet_program import PROGRAM, Load, Result, storming
 from tools.bench.fleet_servers import (
     DRAINED_SECONDS,
@@ -28,7 +29,6 @@ from tools.bench.fleet_servers import (
     LoadedServer,
     find_sides,
     loaded_server,
-    raise_open_files,
     serves_http,
 )
 from tools.bench.load import get_generator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -60,13 +59,6 @@ def find_sides() -> tuple[list[str], list[str]]:
     """The servers that can be started here, and a sentence for each that can't."""
     found = [name for name in PEERS if shutil.which(name) is not None]
     return [CASFS, *found], [f"{name} was not found on the PATH." for name in PEERS if name not in found]
-
-
-def raise_open_files() -> int:
-    """Let this process and what it starts have as many files open as it may; returns how many."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def serves_http(side: str) -> bool:

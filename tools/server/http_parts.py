@@ -20,6 +20,25 @@ from tools.server.waiting import Waiting
 from tools.worker.report import ReportTaker
 
 
+def make_cache(store: Store, services: Services, *, validate: bool, most: int) -> HttpCache:
+    """The cache over HTTP that these services have; `validate` and `most` as there."""
+    return HttpCache(
+        services.instances,
+        store.presence,
+        services.downloads,
+        services.uploads,
+        services.desk,
+        services.actions,
+        services.results,
+        store.actions,
+        services.space,
+        validate=validate,
+        most=most,
+        reads_through=services.reads_through,
+        find_seen=services.find_seen,
+    )
+
+
 class HttpParts:
     """Numbers that begin before the services do, and a server around them."""
 
@@ -53,21 +72,7 @@ class HttpParts:
         `calls`: it shows these, and its own requests are added to them.
         """
         store = self._store
-        cache = HttpCache(
-            services.instances,
-            store.presence,
-            services.downloads,
-            services.uploads,
-            services.desk,
-            services.actions,
-            services.results,
-            store.actions,
-            services.space,
-            validate=validate,
-            most=most,
-            reads_through=services.reads_through,
-            find_seen=services.find_seen,
-        )
+        cache = make_cache(store, services, validate=validate, most=most)
         if services.scheduler is not None:
             self.metrics.watch_queue(services.scheduler.statistics)
         pages = Pages(store, services.downloads, self._sizes, self.metrics, self._recent, services.scheduler, calls.ask)

@@ -124,7 +124,7 @@ class Load:
         if self._wanted:
             self._grant()
         if self._left:
-            if self._own.get(owner, 0) < _OWN_LEAST and (again := self._left.pop(owner, None)) is not None:
+            if self.own(owner) < _OWN_LEAST and (again := self._left.pop(owner, None)) is not None:
                 again()
             self._read_on()
         if self._restrained and not self.calls:

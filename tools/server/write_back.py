@@ -185,11 +185,11 @@ class WriteBack:
         awaited = set[Digest]()
         for item, found in results.items():
             lacking = failed.intersection(map(as_digest, found[1])) if found else set()
+            late = self._late.pop(item, None)
             if found and not lacking:
-                self._late.pop(item, None)
                 self._upstream.client().write_result(item.action, item.instance, found[0])
                 self._sent_results += 1
-            elif not any(map(self._blobs.has_file, lacking)) and self._put_off(item):
+            elif not any(map(self._blobs.has_file, lacking)) and self._put_off(item, late):
                 awaited |= lacking
             else:
                 self._drop(1, f"the result of {item.action} isn't whole")
@@ -199,10 +199,11 @@ class WriteBack:
         if left := failed - unknown - awaited:
             self._drop(len(left), "collected meanwhile, or refused")
 
-    def _put_off(self, item: Result) -> bool:
-        """Whether to wait for what it lacks."""
+    def _put_off(self, item: Result, until: float | None) -> bool:
+        """Whether to wait for what it lacks; `until`: where that was begun."""
         now = time.monotonic()
-        until = self._late.pop(item, now + self._limits.retry_seconds)
+        if until is None:
+            until = now + self._limits.retry_seconds
         if self._closed or now >= until or len(self._late) >= _ROUND_MOST:
             return False
         self._late[item] = until

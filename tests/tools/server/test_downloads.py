@@ -17,8 +17,9 @@ from tests.tools.conftest import Casfs
 from tests.tools.server.conftest import HTTP, HttpClient, connected, running
 from tools.server import downloads
 from tools.server.downloads import is_cached
-from tools.server.http_cache import SMALL, HttpCache
+from tools.server.http_cache import SMALL
 from tools.server.http_names import CacheName, Kind
+from tools.server.http_parts import make_cache
 from tools.server.services import Services
 
 SIZE = 1 << 20
@@ -91,19 +92,7 @@ def test_a_blob_of_which_the_page_cache_has_only_the_beginning_comes_whole_or_wo
         digest = ingest.add_bytes(data, DigestFunction.SHA256)
     with pytest.raises(WouldWait):
         services.downloads.read_quick(digest)
-    cache = HttpCache(
-        services.instances,
-        store.presence,
-        services.downloads,
-        services.uploads,
-        services.desk,
-        services.actions,
-        services.results,
-        store.actions,
-        services.space,
-        validate=False,
-        most=SMALL,
-    )
+    cache = make_cache(store, services, validate=False, most=SMALL)
     name = CacheName("", Kind.CAS, digest.hash)
     with pytest.raises(WouldWait):
         cache.get(name, may_wait=False)

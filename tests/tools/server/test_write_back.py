@@ -17,6 +17,7 @@ from tests.tools.server.conftest import BLAKE3, HTTP, SHA256, HttpClient, connec
 from tests.tools.server.odd import Odd, serving
 from tests.tools.server.test_upstream import ACTION, new, pair, result_of
 from tools.reapi.generated import remote_execution_pb2 as reapi
+from tools.server import write_back
 from tools.server.requests import write_digest
 from tools.server.services import ServiceOptions, Services
 from tools.server.write_back import Result, WriteBack, WriteBackLimits
@@ -162,3 +163,19 @@ def test_a_result_that_comes_before_its_blobs_follows_them(casfs: Casfs) -> None
             wait_for(lambda: _has_result(far, action))
             assert not far.missing([SHA256.of(output)])
     assert "not written back" not in (new(casfs, "here").store / "casfs.log").read_text()
+
+
+def test_a_result_that_waited_and_is_refused_is_dropped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(tmp_path / "above") as above, serving(above, Odd(zstd=False)) as url:
+        with writing(tmp_path / "here", url, WriteBackLimits()) as (store, _, back):
+            output = SHA256.of(b"late")
+            store.actions.write(ACTION.key, result_of(output).SerializeToString())
+            back.add([Result(ACTION, "")])
+            wait_for(lambda: back._late)
+            # It comes, and the upstream takes no blob any more.
+            monkeypatch.setattr(write_back, "send_blobs", lambda client, blobs, digests: (0, set(digests)))
+            with store.ingest() as ingest:
+                ingest.add_bytes(b"late", SHA256)
+            wait_for(lambda: back.statistics()["dropped"])
+            wait_for(lambda: not back._late)
+            assert back.statistics()["dropped"] == 2, "the result and its blob"
