@@ -280,12 +280,12 @@ class Session:
     def _forget(self, unique: int, node: int, body: bytes) -> None:
         """Node ids mean something without being remembered: there is nothing to forget, but of what was taken away."""
         if self._steered is not None:
-            self._steered.forget(NodeId(node))
+            self._steered.forget(NodeId(node), wire.decode_forget(body))
 
     def _forget_many(self, unique: int, node: int, body: bytes) -> None:
         if self._steered is not None:
-            for forgotten in wire.decode_forgotten(body):
-                self._steered.forget(NodeId(forgotten))
+            for forgotten, lookups in wire.decode_forgotten(body):
+                self._steered.forget(NodeId(forgotten), lookups)
 
     def _lookup(self, unique: int, node: int, body: bytes) -> bytes:
         found = self._tree.lookup(NodeId(node), wire.decode_name(body))
@@ -446,10 +446,14 @@ class Session:
         _, cookie, size = wire.decode_read(body)
         page = wire.DirectoryPage(size)
         uid, gid, add = self._uid, self._gid, page.add_entry
+        listed = []
         if self._add_dots(NodeId(node), cookie, page.add_bare):
             for after, name, found in self._tree.list_directory(NodeId(node), max(cookie - 2, 0)):
                 if not add(after + 2, name, *found[:5], uid, gid):
                     break
+                listed.append(found.id)
+        if self._steered is not None:
+            self._steered.list_plus(listed)
         return page.encode(unique)
 
     def _add_dots(self, node_id: NodeId, cookie: int, add: Callable[[int, int, int, bytes], bool]) -> bool:

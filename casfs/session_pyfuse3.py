@@ -170,13 +170,17 @@ class _Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         self.counts["READDIRPLUS"] += 1
+        listed = []
         try:
             for after, name, node in self._tree.list_directory(NodeId(fh), start_id):
                 attributes = self._attributes(node)
                 if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, after):
                     break
+                listed.append(node.id)
         except NotADirectory:
             raise pyfuse3.FUSEError(errno.ENOTDIR) from None
+        if self._steered is not None:
+            self._steered.list_plus(listed)
 
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         self.counts["OPEN"] += 1
@@ -247,8 +251,8 @@ class _Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         self.counts["FORGET"] += 1
         if self._steered is not None:
-            for inode, _ in inode_list:
-                self._steered.forget(NodeId(inode))
+            for inode, lookups in inode_list:
+                self._steered.forget(NodeId(inode), lookups)
 
 
 class _Traced(_Operations):

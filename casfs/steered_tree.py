@@ -145,7 +145,11 @@ class SteeredTree:
         """The keys of that, in order."""
         self._parents: dict[bytes, NodeId] = {}
         """Directories that changes were made in, by path: until a directory goes, these stay what they are."""
-        self._retired: set[NodeId] = set()
+        self._base_end = self._next
+        self._looked_up: dict[NodeId, int] = {}
+        """By first id of what was put somewhere: how many of the kernel's lookups in it aren't forgotten yet."""
+        self._retired: dict[NodeId, bool] = {}
+        """First ids of what was taken away; true once the kernel was told so."""
         self._lock = threading.Lock()
         """Held while anything above is read or changed: nobody sees half of a step."""
         self.dropped: deque[NodeId] = deque()
@@ -161,9 +165,12 @@ class SteeredTree:
             return self._adjust(self._segment_of(node_id).tree.get_node(node_id))
 
     def lookup(self, parent: NodeId, name: bytes) -> Node | None:
-        """See `ProjectedTree`."""
+        """See `ProjectedTree`. For the kernel: what is found counts as looked up until `forget`."""
         with self._lock:
-            return self._lookup(parent, name)
+            node = self._lookup(parent, name)
+            if node is not None and node.id >= self._base_end:
+                self._count(node.id)
+            return node
 
     def list_directory(self, node_id: NodeId, cookie: int) -> Iterator[tuple[int, bytes, Node]]:
         """See `ProjectedTree`; names that came by a change are last, in the order in which they came."""
@@ -214,14 +221,25 @@ class SteeredTree:
         with self._lock:
             return self._firsts[bisect_left(self._firsts, node_id) :]
 
-    def forget(self, node_id: NodeId) -> None:
-        """The kernel has let go of a node: what was taken away is dropped when nothing in it can be open any more.
+    def list_plus(self, listed: Sequence[NodeId]) -> None:
+        """These are in a listing for the kernel that counts as a lookup of each; said before it is sent."""
+        with self._lock:
+            for node_id in listed:
+                if node_id >= self._base_end:
+                    self._count(node_id)
 
-        A directory's inode outlives those of everything below it, so the first node decides.
+    def forget(self, node_id: NodeId, lookups: int) -> None:
+        """The kernel has let go of a node, which so many lookups have given it.
+
+        What was taken away is dropped when all lookups in it are forgotten: until then something may be open, or be
+        about to be opened, whatever the kernel says of the name.
         """
-        if node_id in self._retired:
-            with self._lock:
-                self._drop(node_id)
+        if node_id < self._base_end:
+            return
+        with self._lock:
+            first = self._segment_of(node_id).first
+            self._looked_up[first] -= lookups
+            self._drop_unused(first)
 
     def apply(self, changes: Sequence[Change]) -> list[Stale]:
         """All of the changes, in their order, or none. Returns what the kernel must be told of.
@@ -239,14 +257,16 @@ class SteeredTree:
             # Each once: of what the kernel was told twice it says the second time that it never had it.
             stale = list(dict.fromkeys(step.stale))
             for _, _, retired in stale:
-                if retired is not None:
-                    self._retire(retired)
+                if retired is not None and retired in self._segments:
+                    self._retired.setdefault(retired, False)
         return stale
 
-    def drop(self, first: NodeId) -> None:
-        """Forget what was taken away and the kernel has never asked for."""
+    def tell(self, first: NodeId) -> None:
+        """The kernel was told that this was taken away: it doesn't look it up any more."""
         with self._lock:
-            self._drop(first)
+            if first in self._retired:
+                self._retired[first] = True
+                self._drop_unused(first)
 
     # Below here: under the lock.
 
@@ -367,14 +387,15 @@ class SteeredTree:
         self._firsts.append(first)  # the greatest so far
         return tree.get_node(first)
 
-    def _retire(self, first: NodeId) -> None:
-        if first in self._segments:
-            self._retired.add(first)
+    def _count(self, node_id: NodeId) -> None:
+        first = self._segment_of(node_id).first
+        self._looked_up[first] = self._looked_up.get(first, 0) + 1
 
-    def _drop(self, first: NodeId) -> None:
-        if first not in self._retired:
+    def _drop_unused(self, first: NodeId) -> None:
+        if not self._retired.get(first) or self._looked_up.get(first):
             return
-        self._retired.discard(first)
+        del self._retired[first]
+        self._looked_up.pop(first, None)
         segment = self._segments[first]
         self._remove_segment(first)
         if isinstance(segment.tree, ProjectedTree):

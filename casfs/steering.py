@@ -136,10 +136,9 @@ class Steering:
     def _tell(self, tree: SteeredTree, stale: list[Stale]) -> int:
         told = 0
         for parent, name, retired in stale:
-            known = self._session.invalidate_entry(parent, name)
-            told += known
-            if retired is not None and not known:
-                tree.drop(retired)
+            told += self._session.invalidate_entry(parent, name)
+            if retired is not None:
+                tree.tell(retired)
         for parent in {parent for parent, _, _ in stale}:
             self._session.invalidate_inode(parent)
         return told

@@ -143,6 +143,7 @@ _READ_IN = struct.Struct("<QQIIQII")
 _OPEN_IN = struct.Struct("<II")
 _RELEASE_IN = struct.Struct("<QIIQ")
 _INTERRUPT_IN = struct.Struct("<Q")
+_FORGET = struct.Struct("<Q")
 _BATCH_FORGET = struct.Struct("<II")
 _FORGET_ONE = struct.Struct("<QQ")
 _NOTIFY_INODE = struct.Struct("<Qqq")
@@ -345,13 +346,20 @@ def decode_interrupt(body: bytes) -> int:
     return unique
 
 
-def decode_forgotten(body: bytes) -> list[int]:
-    """The node ids of a BATCH_FORGET."""
+def decode_forget(body: bytes) -> int:
+    """How many lookups a FORGET takes back."""
+    _need(body, _FORGET, "FORGET")
+    lookups: int = _FORGET.unpack_from(body)[0]
+    return lookups
+
+
+def decode_forgotten(body: bytes) -> list[tuple[int, int]]:
+    """The node ids of a BATCH_FORGET, each with how many lookups of it are taken back."""
     _need(body, _BATCH_FORGET, "BATCH_FORGET")
     count, _ = _BATCH_FORGET.unpack_from(body)
     if len(body) < _BATCH_FORGET.size + count * _FORGET_ONE.size:
         raise BadRequest(f"BATCH_FORGET: {len(body)} bytes for {count} nodes")
-    return [node for node, _ in _FORGET_ONE.iter_unpack(body[_BATCH_FORGET.size :][: count * _FORGET_ONE.size])]
+    return list(_FORGET_ONE.iter_unpack(body[_BATCH_FORGET.size :][: count * _FORGET_ONE.size]))
 
 
 def decode_name(body: bytes) -> bytes:

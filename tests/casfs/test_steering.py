@@ -174,6 +174,7 @@ def test_what_is_mapped_is_held_from_collection_until_it_is_gone(mounts: Mounts,
         store.collector.collect(0, 0)
     assert (mounted.path / "held").read_bytes() == b"held by its place"
     assert mounts.leases() == 2
+    assert names(mounted.path) == ["a", "held", "top"], "a listing counts as a lookup of each name"
     remap(mounted, Change("remove", path))
 
     def is_let_go() -> bool:
@@ -347,15 +348,44 @@ def test_ids_are_not_used_again_and_what_is_forgotten_is_dropped(steered: tuple[
     [stale] = tree.apply([Change("remove", b"g")])
     assert stale.retired == graft.id
     assert tree.get_node(file.id) == file, "somebody may have it open"
-    tree.forget(file.id)
+    tree.tell(graft.id)
+    tree.forget(file.id, 1)
     assert tree.get_node(file.id) == file
-    tree.forget(graft.id)
+    tree.forget(graft.id, 1)
     with pytest.raises(NoSuchNode):
         tree.get_node(file.id)
     assert list(tree.dropped) == [graft.id]
     tree.apply([Change("add", b"g", DirectoryEntry(b"g", inner))])
     again = tree.lookup(ROOT, b"g")
     assert again is not None and again.id > file.id
+
+
+def test_what_was_looked_up_stays_until_all_its_lookups_are_forgotten(steered: tuple[SteeredTree, Digest]) -> None:
+    """A name that the kernel doesn't have any more may still be on its way to an open."""
+    tree, inner = steered
+    tree.apply([Change("add", b"g", DirectoryEntry(b"g", inner))])
+    graft = tree.lookup(ROOT, b"g")
+    assert graft is not None
+    [inside] = [node.id for _, _, node in tree.list_directory(graft.id, 0)]
+    tree.list_plus([inside])
+    assert tree.lookup(graft.id, b"f") is not None
+    assert tree.lookup(ROOT, b"d") is not None, "what was mounted isn't counted"
+    tree.forget(graft.id, 1)
+    tree.forget(inside, 1)
+    tree.apply([Change("remove", b"g")])
+    tree.forget(inside, 1)
+    assert not tree.dropped, "the kernel may look it up until it is told"
+    tree.tell(graft.id)
+    assert list(tree.dropped) == [graft.id]
+    tree.apply([Change("add", b"g", DirectoryEntry(b"g", inner))])
+    graft = tree.lookup(ROOT, b"g")
+    assert graft is not None
+    tree.apply([Change("remove", b"g")])
+    tree.tell(graft.id)
+    assert tree.get_node(graft.id) == graft
+    tree.forget(graft.id, 1)
+    with pytest.raises(NoSuchNode):
+        tree.get_node(graft.id)
 
 
 def test_what_was_put_below_a_directory_goes_with_it(steered: tuple[SteeredTree, Digest]) -> None:
@@ -365,7 +395,7 @@ def test_what_was_put_below_a_directory_goes_with_it(steered: tuple[SteeredTree,
     retired = {item.retired for item in stale if item.retired is not None}
     assert len(retired) == 2
     for first in retired:
-        tree.drop(first)
+        tree.tell(first)
     assert set(tree.dropped) == retired
 
 
