@@ -46,6 +46,11 @@ _ENDS_WITH_US = re.compile(rb"multiprocessing[./](resource_tracker|forkserver)")
 """Helpers that the standard library keeps until the interpreter ends."""
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script, or by nohup: programs that tests interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="fail where something is lacking, rather than skip")
 
