@@ -102,6 +102,7 @@ class Session:
         self._device = device
         self._tree = tree
         self._steered: SteeredTree | None = None
+        self._list_plus = tree.list_directory
         self._contents = contents
         self._passthrough = passthrough
         self._reader = DeviceReader(device, _BUFFER, poll=poll)
@@ -228,8 +229,8 @@ class Session:
 
     def use_tree(self, tree: SteeredTree) -> None:
         """See `casfs.steering.Steerable`."""
-        self._steered = tree
-        self._tree = tree
+        self._tree = self._steered = tree
+        self._list_plus = tree.list_plus
 
     def invalidate_entry(self, parent: NodeId, name: bytes) -> bool:
         """See `casfs.steering.Steerable`."""
@@ -278,7 +279,7 @@ class Session:
         return lambda unique, node, body: wire.encode_error(unique, number)
 
     def _forget(self, unique: int, node: int, body: bytes) -> None:
-        """Node ids mean something without being remembered: there is nothing to forget, but of what was taken away."""
+        """Node ids mean something without being remembered: there is nothing to forget, but of a steered tree."""
         if self._steered is not None:
             self._steered.forget(NodeId(node), wire.decode_forget(body))
 
@@ -446,14 +447,10 @@ class Session:
         _, cookie, size = wire.decode_read(body)
         page = wire.DirectoryPage(size)
         uid, gid, add = self._uid, self._gid, page.add_entry
-        listed = []
         if self._add_dots(NodeId(node), cookie, page.add_bare):
-            for after, name, found in self._tree.list_directory(NodeId(node), max(cookie - 2, 0)):
+            for after, name, found in self._list_plus(NodeId(node), max(cookie - 2, 0)):
                 if not add(after + 2, name, *found[:5], uid, gid):
                     break
-                listed.append(found.id)
-        if self._steered is not None:
-            self._steered.list_plus(listed)
         return page.encode(unique)
 
     def _add_dots(self, node_id: NodeId, cookie: int, add: Callable[[int, int, int, bytes], bool]) -> bool:

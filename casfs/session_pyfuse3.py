@@ -106,6 +106,7 @@ class _Operations(pyfuse3.Operations):
         super().__init__()
         self._tree = tree
         self._steered: SteeredTree | None = None
+        self._list_plus = tree.list_directory
         self._contents = contents
         self._uid, self._gid = os.getuid(), os.getgid()
         self.counts: Counter[str] = Counter()
@@ -114,6 +115,7 @@ class _Operations(pyfuse3.Operations):
 
     def use_tree(self, tree: SteeredTree) -> None:
         self._tree = self._steered = tree
+        self._list_plus = tree.list_plus
 
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
         attributes = pyfuse3.EntryAttributes()
@@ -170,17 +172,13 @@ class _Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         self.counts["READDIRPLUS"] += 1
-        listed = []
         try:
-            for after, name, node in self._tree.list_directory(NodeId(fh), start_id):
+            for after, name, node in self._list_plus(NodeId(fh), start_id):
                 attributes = self._attributes(node)
                 if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, after):
                     break
-                listed.append(node.id)
         except NotADirectory:
             raise pyfuse3.FUSEError(errno.ENOTDIR) from None
-        if self._steered is not None:
-            self._steered.list_plus(listed)
 
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         self.counts["OPEN"] += 1

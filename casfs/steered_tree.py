@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -146,7 +146,7 @@ class SteeredTree:
         self._parents: dict[bytes, NodeId] = {}
         """Directories that changes were made in, by path: until a directory goes, these stay what they are."""
         self._base_end = self._next
-        self._looked_up: dict[NodeId, int] = {}
+        self._looked_up: Counter[NodeId] = Counter()
         """By first id of what was put somewhere: how many of the kernel's lookups in it aren't forgotten yet."""
         self._retired: dict[NodeId, bool] = {}
         """First ids of what was taken away; true once the kernel was told so."""
@@ -168,7 +168,7 @@ class SteeredTree:
         """See `ProjectedTree`. For the kernel: what is found counts as looked up until `forget`."""
         with self._lock:
             node = self._lookup(parent, name)
-            if node is not None and node.id >= self._base_end:
+            if node is not None:
                 self._count(node.id)
             return node
 
@@ -190,6 +190,15 @@ class SteeredTree:
                 node = altered.entries.get(name)
                 if serial > cookie and node is not None:
                     yield serial, name, self._adjust(node)
+
+    def list_plus(self, node_id: NodeId, cookie: int) -> Iterator[tuple[int, bytes, Node]]:
+        """The same, for a listing that counts as a lookup of each name, which it does when the next one is asked for.
+
+        So the one for which the listing had no more room isn't counted.
+        """
+        for item in self.list_directory(node_id, cookie):
+            yield item
+            self._count(item[2].id)
 
     def path_of(self, node_id: NodeId) -> bytes:
         """The path of a node, or where it was last. Raises NoSuchNode."""
@@ -221,13 +230,6 @@ class SteeredTree:
         with self._lock:
             return self._firsts[bisect_left(self._firsts, node_id) :]
 
-    def list_plus(self, listed: Sequence[NodeId]) -> None:
-        """These are in a listing for the kernel that counts as a lookup of each; said before it is sent."""
-        with self._lock:
-            for node_id in listed:
-                if node_id >= self._base_end:
-                    self._count(node_id)
-
     def forget(self, node_id: NodeId, lookups: int) -> None:
         """The kernel has let go of a node, which so many lookups have given it.
 
@@ -254,10 +256,10 @@ class SteeredTree:
             except BaseException:
                 self._undo(step)
                 raise
-            # Each once: of what the kernel was told twice it says the second time that it never had it.
+            # Each once, though a step may take something away and then what it was in.
             stale = list(dict.fromkeys(step.stale))
             for _, _, retired in stale:
-                if retired is not None and retired in self._segments:
+                if retired is not None:
                     self._retired.setdefault(retired, False)
         return stale
 
@@ -388,14 +390,13 @@ class SteeredTree:
         return tree.get_node(first)
 
     def _count(self, node_id: NodeId) -> None:
-        first = self._segment_of(node_id).first
-        self._looked_up[first] = self._looked_up.get(first, 0) + 1
+        if node_id >= self._base_end:
+            self._looked_up[self._segment_of(node_id).first] += 1
 
     def _drop_unused(self, first: NodeId) -> None:
-        if not self._retired.get(first) or self._looked_up.get(first):
+        if not self._retired.get(first) or self._looked_up[first]:
             return
-        del self._retired[first]
-        self._looked_up.pop(first, None)
+        del self._retired[first], self._looked_up[first]
         segment = self._segments[first]
         self._remove_segment(first)
         if isinstance(segment.tree, ProjectedTree):
