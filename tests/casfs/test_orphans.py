@@ -46,13 +46,13 @@ with Store.open(place) as store, Sandboxes(store, guard=guard) as sandboxes, Thr
 """
 
 _BEFORE_IT_IS_BUBBLEWRAP = """#!/bin/sh
-echo > {reached}
+echo > {reached}/$$
 read line < {fifo}
 exec {bwrap} "$@"
 """
 
 _BEFORE_ITS_FIRST_PROCESS_BEGINS = """#!/bin/bash
-exec {bwrap} --unshare-user --info-fd 208 --userns-block-fd 209 "$@" 208> {reached} 209<> {fifo}
+exec {bwrap} --unshare-user --info-fd 208 --userns-block-fd 209 "$@" 208> {reached}/$$ 209<> {fifo}
 """
 """bubblewrap has said that it dies with its parent, and its first process, which waits for it, has not."""
 
@@ -132,6 +132,7 @@ def test_a_kill_before_bubblewrap_can_notice(
 ) -> None:
     reached, fifo = tmp_path / "reached", tmp_path / "fifo"
     os.mkfifo(fifo)
+    reached.mkdir()
     program = tmp_path / "bin" / "bwrap"
     program.parent.mkdir()
     program.write_text(script.format(reached=reached, fifo=fifo, bwrap=shutil.which("bwrap")))
@@ -139,7 +140,8 @@ def test_a_kill_before_bubblewrap_can_notice(
     path = f"{program.parent}:{os.environ['PATH']}"
     for guarded in (True, False):
         owner = Owner(tmp_path / "store", root, "sleep", "987", guarded=guarded, privileged=privileged, path=path)
-        wait_for(lambda: reached.exists() and reached.stat().st_size)
+        # Both commands: a fork that is no program yet would hold the owner's locks when that is dead, until it is one.
+        wait_for(lambda: sum(file.stat().st_size > 0 for file in reached.iterdir()) == 2)
         assert owner.kill() == b""
         if guarded:
             assert not commands_of(scratch)
@@ -148,7 +150,8 @@ def test_a_kill_before_bubblewrap_can_notice(
             assert commands_of(scratch)
             clear_leftovers(scratch)
             assert not commands_of(scratch)
-        reached.unlink()
+        for file in reached.iterdir():
+            file.unlink()
 
 
 def kill_at_random(place: Path, root: Digest, scratch: Path, times: int) -> None:
