@@ -34,6 +34,8 @@ from store.layout import blob_path
 REMEMBER_SECONDS = 15.0
 """What is found is remembered for one to two such periods; collections have to spare what was used in a minute."""
 _REMEMBER_MOST = 100_000
+_FRESH_SECONDS = 0.001
+"""The removals may have been counted so long before: who reads what it asks about finds out by itself."""
 _QUICK_MOST = 256
 """A question about more new blobs than these is not quick."""
 
@@ -62,9 +64,16 @@ class Presence:
         self._young: set[Name] = set()
         self._old: set[Name] = set()
         self._since = time.monotonic()
-        self._removals = -1
+        with index.view() as view:
+            self._removals = removals(view)
+        self._fresh_until = 0.0
         self._spelled: dict[DigestFunction, set[bytes]] = {}
         """Other spellings of names in `_young` and `_old`, by function; given up with `_old`."""
+
+    @property
+    def remembered(self) -> int:
+        """Blobs that are remembered."""
+        return len(self._young) + len(self._old)
 
     def find_absent(self, names: Collection[Name], *, may_wait: bool = True) -> list[Name]:
         """Those that are not here, in their order; the others count as used now.
@@ -87,9 +96,13 @@ class Presence:
     def vouch(self, name: Name) -> set[Name] | None:
         """Whether a file that has a blob's name surely has its bytes: if so, what `note_open` is to be given.
 
-        Never waits. Who then opens it tells `note_open`: of one blob that costs half of what `find_absent` does. Raises
-        BadDigest.
+        Never waits. Who then opens it tells `note_open`: of one blob that costs half of what `find_absent` does, and of
+        one that is remembered next to nothing, since the removals aren't counted again for each of a thousand a second.
+        Raises BadDigest.
         """
+        young = self._young
+        if (name in young or name in self._old) and time.monotonic() < self._fresh_until:
+            return young
         with self._index.view() as view:
             self._keep_up(view)
             if name in self._young or name in self._old or is_known(view, as_digest(name)):
@@ -199,12 +212,13 @@ class Presence:
 
     def _keep_up(self, view: View) -> None:
         """Forget what may have been removed since, or was found too long ago."""
+        now = time.monotonic()
         if (count := removals(view)) != self._removals:
             self._young, self._old, self._spelled, self._removals = set(), set(), {}, count
-        self._rotate()
+        self._fresh_until = now + _FRESH_SECONDS
+        self._rotate(now)
 
-    def _rotate(self) -> None:
-        now = time.monotonic()
+    def _rotate(self, now: float) -> None:
         if now - self._since > REMEMBER_SECONDS or len(self._young) > _REMEMBER_MOST:
             # After a pause what is young isn't.
             self._old = self._young if now - self._since < 2 * REMEMBER_SECONDS else set()
@@ -218,6 +232,7 @@ class Presence:
 
     def note(self, names: Iterable[Name]) -> None:
         """They have just become available here."""
+        self._rotate(time.monotonic())
         self._young.update(names)
 
     def forget(self, name: Name) -> None:

@@ -225,11 +225,53 @@ def test_presence_takes_one_view_however_many_it_is_asked_for(store: Store, monk
         views.append(1)
         return view()
 
-    monkeypatch.setattr(store.index, "view", counted)
     presence = Presence(store.index, store.blobs, store.cold)
+    monkeypatch.setattr(store.index, "view", counted)
     presence.find_absent(names(*digests))
     presence.find_absent(names(*digests))
     assert len(views) == 2
+
+
+def test_removals_are_counted_once_a_millisecond_for_all_that_is_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = add(store, *(b"%d" % number for number in range(200)), age=5 * HOUR)
+    presence = Presence(store.index, store.blobs, store.cold)
+    presence.note(names(*digests))
+    now = time.monotonic()
+    monkeypatch.setattr("store.presence.time.monotonic", lambda: now)
+    views: list[int] = []
+    view = store.index.view
+
+    def counted() -> object:
+        views.append(1)
+        return view()
+
+    monkeypatch.setattr(store.index, "view", counted)
+    for _ in range(2):
+        now += 0.001
+        assert all(presence.vouch(name) is not None for name in names(*digests))
+    assert len(views) == 2
+    monkeypatch.undo()
+    store.collector.collect(0, 0)
+    now += 0.001
+    monkeypatch.setattr("store.presence.time.monotonic", lambda: now)
+    assert all(presence.vouch(name) is None for name in names(*digests))
+
+
+def test_what_is_stored_is_remembered_though_nothing_was_ever_asked(store: Store) -> None:
+    [digest] = add(store, bytes(1000))
+    presence = Presence(store.index, store.blobs, store.cold)
+    presence.note(names(digest))
+    assert presence.remembers(*names(digest))
+    assert presence.find_absent(names(digest)) == []
+    assert presence.remembers(*names(digest))
+
+
+def test_what_is_remembered_is_bounded_where_nobody_asks(store: Store) -> None:
+    for start in range(0, 1_000_000, 1000):
+        store.presence.note((SHA256, f"{number:064x}", 1) for number in range(start, start + 1000))
+    assert 100_000 < store.presence.remembered <= 2 * 101_000
 
 
 # Uploads

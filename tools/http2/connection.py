@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tools.http2 import frames
-from tools.http2.frames import ErrorCode
+from tools.http2.frames import CONTINUATION, DATA, FRAME_LEAST, HEAD_BYTES, HEADERS, WINDOW_MOST, ErrorCode, read_head
 from tools.http2.headers import Malformed, check_trailers
 from tools.http2.hpack import Decoder, HpackError
 from tools.http2.outgoing import Outgoing
@@ -57,6 +57,8 @@ class Connection:
         self._decoder = Decoder()
         self._known: dict[bytes, tuple[Any, int]] = {}
         self._known_changes = 0
+        self._last_known: tuple[Any, int] | None = None
+        """What the block meant that was decoded last."""
         self._data = b""
         self._position = 0
         """Of `_data`, what is worked on next."""
@@ -116,28 +118,26 @@ class Connection:
                     return False
                 self.begun = True
                 position = len(frames.PREFACE)
-            while position < last and position + frames.HEAD_BYTES <= end:
-                length, flags, stream_id = frames.read_head(data, position)
-                kind = length & 0xFF
-                length >>= 8
-                if length > frames.FRAME_LEAST:
-                    raise _ConnectionError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-                start = position + frames.HEAD_BYTES
-                stop = start + length
+            while position < last and position + HEAD_BYTES <= end:
+                word, flags, stream_id = read_head(data, position)
+                start = position + HEAD_BYTES
+                stop = start + (word >> 8)
+                if stop - start > FRAME_LEAST:
+                    raise _ConnectionError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {stop - start} bytes")
                 if stop > end:
                     self._position = position
                     self.hungry = True
                     return False
                 position = stop
-                stream_id &= frames.WINDOW_MOST
-                if self._partial is not None and kind != frames.CONTINUATION:
+                kind = word & 0xFF
+                if self._partial is not None and kind != CONTINUATION:
                     raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, "a frame between headers and their continuation")
-                if kind == frames.DATA:
-                    self._take_data(stream_id, flags, data[start:stop])
-                elif kind == frames.HEADERS:
-                    self._take_headers(stream_id, flags, data[start:stop])
+                if kind == DATA:
+                    self._take_data(stream_id & WINDOW_MOST, flags, data[start:stop])
+                elif kind == HEADERS:
+                    self._take_headers(stream_id & WINDOW_MOST, flags, data[start:stop])
                 else:
-                    self._take_other(kind, flags, stream_id, data[start:stop])
+                    self._take_other(kind, flags, stream_id & WINDOW_MOST, data[start:stop])
         except HpackError as error:
             self.fail(ErrorCode.COMPRESSION_ERROR, str(error))
         except _ConnectionError as error:
@@ -239,11 +239,16 @@ class Connection:
         known = self._known.get(block)
         if known is None:
             headers = self._decoder.decode(block)
-            try:
-                known = self._handler.interpret(headers)
-            except Malformed:
-                self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
-                return
+            varied, last, self._last_known = self._decoder.varied, self._last_known, None
+            if varied >= 0 and last is not None:
+                known = self._handler.vary(last, headers[varied])
+            if known is None:
+                try:
+                    known = self._handler.interpret(headers)
+                except Malformed:
+                    self._refuse(stream_id, ErrorCode.PROTOCOL_ERROR)
+                    return
+            self._last_known = known
             if self._known_changes == self._decoder.changes and len(self._known) < _KNOWN_MOST:
                 self._known[block] = known
         if len(self.streams) >= self._streams_most or self.refusing:
@@ -260,6 +265,7 @@ class Connection:
 
     def _take_trailers(self, stream_id: int, ended: bool, block: bytes) -> None:
         headers = self._decoder.decode(block)
+        self._last_known = None
         stream = self.streams.get(stream_id)
         if stream is None or not stream.receiving:
             if stream_id in self._gone:

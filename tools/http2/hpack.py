@@ -2,6 +2,11 @@
 
 A `Decoder` for what comes; what is sent is written as literals that nobody has
 to remember, so encoding has no state.
+
+A gRPC client's blocks are alike but for the time that is left to each call:
+that comes as a new entry of the table, which moves all other indices by one. So
+a block is first compared with the last one, moved by that; only what differs in
+more is taken apart.
 """
 
 from __future__ import annotations
@@ -44,6 +49,10 @@ _STATIC: tuple[Header, ...] = (
 )
 _STATIC_COUNT = len(_STATIC)
 _FIRST_DYNAMIC = 0x80 + _STATIC_COUNT
+_LAST_SINGLE = 0xFE
+"""A header that is an index alone, in one byte."""
+_MOVED = bytes((*range(_FIRST_DYNAMIC), *range(_FIRST_DYNAMIC + 1, 0x100), 0xFF))
+"""Such a byte when the table has one more entry."""
 _STATUS_200 = b"\x88"
 _CONTENT_TYPE = 31
 
@@ -62,18 +71,78 @@ class Decoder:
         self._most = TABLE_BYTES
         self.changes = 0
         """Grows when the table changes: until then, equal blocks have equal headers."""
+        self.varied = -1
+        """The place of the only header in which the block that was decoded last differs from the one before it, where
+        that is known; else -1."""
+        self._last: list[Header] = []
+        self._before = self._behind = b""
+        """What stands around that header's place in a block like the last one, were it to come next."""
+        self._deepest = -1
+        """The oldest entry that these need, counted from the newest; -1: no block is like the last one."""
 
     def decode(self, block: bytes) -> list[Header]:
         """A whole header block. Raises HpackError."""
         try:
-            return self._decode(block)
+            headers = self._decode_like_last(block) if self._deepest >= 0 else None
+            return self._decode(block) if headers is None else headers
         except (IndexError, ValueError) as error:
             raise HpackError(f"a header block that can't be decoded: {error}") from error
 
+    def _decode_like_last(self, block: bytes) -> list[Header] | None:
+        """Those of a block in which all headers but one are the last block's, as it had them; None: of another."""
+        before, behind, entries = self._before, self._behind, self._entries
+        place, end = len(before), len(block) - len(behind)
+        if not (place < end and block.startswith(before) and block.endswith(behind) and self._deepest < len(entries)):
+            return None
+        head = block[place]
+        if not 0x40 < head < 0x7F or self._get(head & 0x3F)[0] != self._last[place][0]:
+            return None
+        value, stop = _read_text(block, place + 1)
+        name = self._last[place][0]
+        if stop != end or (behind and self._bytes + len(name) + len(value) + _ENTRY_BYTES > self._most):
+            # Such an entry pushes out others, and with them perhaps what is behind.
+            return None
+        headers = self._last.copy()
+        headers[place] = header = (name, value)
+        self._keep(header)
+        self._move()
+        self.varied = place
+        return headers
+
+    def _move(self) -> None:
+        self._deepest += 1
+        if _FIRST_DYNAMIC + self._deepest > _LAST_SINGLE:
+            self._deepest = -1
+            return
+        self._before = self._before.translate(_MOVED)
+        self._behind = self._behind.translate(_MOVED)
+
+    def _keep(self, header: Header) -> None:
+        """Put it into the table."""
+        self._entries.append(header)
+        self._bytes += len(header[0]) + len(header[1]) + _ENTRY_BYTES
+        self._evict()
+
+    def _note(self, block: bytes, headers: list[Header], kept: tuple[int, int] | None) -> None:
+        """Prepare for one like it: of headers that are a byte each, but for one that was kept, from there to there."""
+        self._deepest = -1
+        if kept is None:
+            return
+        before, behind = block[: kept[0]], block[kept[1] :]
+        if len(before) + len(behind) + 1 != len(headers):
+            return
+        self._last = headers.copy()
+        self._before, self._behind = before, behind
+        self._deepest = max((byte - _FIRST_DYNAMIC for byte in before + behind), default=-1)
+        self._deepest = max(self._deepest, 0)
+        self._move()
+
     def _decode(self, block: bytes) -> list[Header]:
+        self.varied = -1
         headers: list[Header] = []
         position, end = 0, len(block)
         entries = self._entries
+        kept_at: tuple[int, int] | None = None
         while position < end:
             byte = block[position]
             if byte & 0x80:
@@ -97,6 +166,7 @@ class Decoder:
                 self._evict()
             else:
                 kept = byte & 0x40
+                start = position
                 index, position = _read_number(block, position, 0x3F if kept else 0x0F)
                 if index:
                     name = self._get(index)[0]
@@ -105,9 +175,9 @@ class Decoder:
                 value, position = _read_text(block, position)
                 headers.append((name, value))
                 if kept:
-                    self._entries.append((name, value))
-                    self._bytes += len(name) + len(value) + _ENTRY_BYTES
-                    self._evict()
+                    self._keep((name, value))
+                    kept_at = start, position
+        self._note(block, headers, kept_at)
         return headers
 
     def _get(self, index: int) -> Header:

@@ -65,11 +65,18 @@ class Outgoing:
             return
         stream.window -= size
         self.window -= size
-        stream_id, frame = stream.id, frames.frame
+        stream_id, pack = stream.id, frames.pack_head
         self.send(
-            frame(frames.HEADERS, frames.END_HEADERS, stream_id, headers)
-            + frame(frames.DATA, 0, stream_id, message)
-            + frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream_id, trailers)
+            b"".join(
+                (
+                    pack(len(headers) << 8 | frames.HEADERS, frames.END_HEADERS, stream_id),
+                    headers,
+                    pack(size << 8 | frames.DATA, 0, stream_id),
+                    message,
+                    pack(len(trailers) << 8 | frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream_id),
+                    trailers,
+                )
+            )
         )
         self._ended(stream)
 

@@ -16,7 +16,17 @@ TURN_WINDOW = 512 << 10
 class Stream:
     """One request and its answer, until both are over."""
 
-    __slots__ = ("credit", "expected", "head", "id", "pending", "receiving", "room", "trailers", "waiting", "window")
+    credit = 0
+    """Bytes that were allowed again, and not yet told."""
+    pending: deque[memoryview] | None = None
+    """What waits for windows; None when nothing ever did."""
+    waiting = 0
+    """Bytes of it."""
+    trailers: bytes | None = None
+    """The block that ends the stream behind what is pending."""
+    room = STREAM_WINDOW
+    """Bytes that the peer may send."""
+    receiving = True
 
     def __init__(self, stream_id: int, head: Any, window: int, expected: int) -> None:
         """`head`: what the handler made of the headers. `expected`: the bytes to come, or -1."""
@@ -24,18 +34,7 @@ class Stream:
         self.head = head
         self.window = window
         """Bytes that the peer takes."""
-        self.room = STREAM_WINDOW
-        """Bytes that the peer may send."""
-        self.credit = 0
-        """Bytes that were allowed again, and not yet told."""
         self.expected = expected
-        self.receiving = True
-        self.pending: deque[memoryview] | None = None
-        """What waits for windows; None when nothing ever did."""
-        self.waiting = 0
-        """Bytes of it."""
-        self.trailers: bytes | None = None
-        """The block that ends the stream behind what is pending."""
 
 
 class Handler(Protocol):
@@ -46,6 +45,10 @@ class Handler(Protocol):
 
         Of equal ones it isn't asked again. Raises Malformed, as that does, and nothing else.
         """
+        ...
+
+    def vary(self, known: tuple[Any, int], header: Header) -> tuple[Any, int] | None:
+        """What headers mean that differ from known ones in this only; None: have it asked as if they were new."""
         ...
 
     def make(self, stream_id: int, head: Any, window: int, expected: int) -> Stream:

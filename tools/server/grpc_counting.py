@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Generator
-from functools import partial
+from collections.abc import Collection, Coroutine, Generator
 from typing import Any, cast
 
+from store.digest import Digest
 from store.errors import BadDigest
 from tools.reapi import methods
 from tools.reapi.generated import code_pb2 as codes
@@ -32,31 +32,47 @@ class GrpcCounting:
 
     def wrap(self, endpoint: Endpoint) -> Endpoint:
         """The same endpoint, counted."""
-        method = endpoint.method
+        counting = _MethodCounting(endpoint.method, self._metrics, self._recent)
+        inner, is_write = endpoint.begin, counting.is_write
 
         def begin(request: Any, context: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
-            call = _Counted(context, request, partial(self._note_later, method))
+            call = _Counted(context, request, counting)
             if not isinstance(request, bytes):
                 request = _CountedMessages(request, call)
             try:
-                answer = endpoint.begin(request, call)
+                answer = inner(request, call)
             except Exception as error:
-                self._note(method, call, codes.Code.Name(find_code(error)), None)
+                counting.note(call, codes.Code.Name(find_code(error)), None)
                 raise
             if answer is None or isinstance(answer, bytes):
-                self._note(method, call, "OK", answer)
+                counting.note(call, "OK", answer)
                 return answer
             if answer is LATER:
-                if method is methods.WRITE:
+                if is_write:
                     self._metrics.note_upload(1)
                 return answer
-            return cast("Coroutine[Any, Any, Answer]", _Coming(self._finish(method, call, answer), answer))
+            return cast("Coroutine[Any, Any, Answer]", _Coming(counting.finish(call, answer), answer))
 
         return endpoint._replace(begin=begin)
 
-    async def _finish(self, method: Method, call: _Counted, coming: Coroutine[Any, Any, Answer]) -> Answer:
+
+class _MethodCounting:
+    """What is counted of a method's calls."""
+
+    def __init__(self, method: Method, metrics: Metrics, recent: Recent) -> None:
+        self.is_write = method is methods.WRITE
+        self._method = method
+        self._name = method.name
+        self._metrics = metrics
+        self._recent = recent
+        self._half = _LOOKUPS.get(method)
+        self._reads_many = method is methods.BATCH_READ_BLOBS
+        self._what = _RESULTS.get(method)
+
+    async def finish(self, call: _Counted, coming: Coroutine[Any, Any, Answer]) -> Answer:
+        """Wait for an answer."""
         code, answer = "CANCELLED", None
-        if method is methods.WRITE:
+        if self.is_write:
             self._metrics.note_upload(1)
         try:
             answer = await coming
@@ -66,36 +82,33 @@ class GrpcCounting:
             code = codes.Code.Name(find_code(error))
             raise
         finally:
-            if method is methods.WRITE:
-                self._metrics.note_upload(-1)
-            self._note(method, call, code, answer)
+            self.note_later(call, code, answer)
 
-    def _note_later(self, method: Method, call: _Counted, code: str, answer: Answer) -> None:
-        if method is methods.WRITE:
+    def note_later(self, call: _Counted, code: str, answer: Answer) -> None:
+        """A call ended that wasn't answered at once."""
+        if self.is_write:
             self._metrics.note_upload(-1)
-        self._note(method, call, code, answer)
+        self.note(call, code, answer)
 
-    def _note(self, method: Method, call: _Counted, code: str, answer: Answer) -> None:
-        self._metrics.note_request("grpc", method.name, code, time.perf_counter() - call.begun)
-        self._metrics.note_bytes("grpc", call.received, call.sent + len(answer or b""))
-        self._note_lookups(method, code, answer)
-        if code == "OK" and method in _RESULTS:
-            self._note_result(method, call.request)
-
-    def _note_lookups(self, method: Method, code: str, answer: Answer) -> None:
-        if method in _LOOKUPS and code in ("OK", "NOT_FOUND"):
-            self._metrics.note_lookup(_LOOKUPS[method], hit=code == "OK")
-        elif method is methods.BATCH_READ_BLOBS and answer:
+    def note(self, call: _Counted, code: str, answer: Answer) -> None:
+        """A call ended."""
+        metrics = self._metrics
+        metrics.note_request("grpc", self._name, code, time.perf_counter() - call.begun)
+        metrics.note_bytes("grpc", call.received, call.sent + len(answer or b""))
+        if self._half is not None and code in ("OK", "NOT_FOUND"):
+            metrics.note_lookup(self._half, hit=code == "OK")
+        elif self._reads_many and answer:
             codes = [item.status.code for item in reapi.BatchReadBlobsResponse.FromString(answer).responses]
             for hit, number in ((True, codes.count(0)), (False, len(codes) - codes.count(0))):
                 if number:
-                    self._metrics.note_lookup(Half.BLOB, hit=hit, number=number)
+                    metrics.note_lookup(Half.BLOB, hit=hit, number=number)
+        if self._what is not None and code == "OK":
+            self._note_result(self._what, call.request)
 
-    def _note_result(self, method: Method, raw: bytes) -> None:
-        what = _RESULTS[method]
-        if method is methods.GET_ACTION_RESULT and len(raw) <= _SMALL_BYTES:
+    def _note_result(self, what: str, raw: bytes) -> None:
+        if self._method is methods.GET_ACTION_RESULT and len(raw) <= _SMALL_BYTES:
             self._recent.note_message(raw, what)
-        elif (named := read_named(raw, method)) is not None:
+        elif (named := read_named(raw, self._method)) is not None:
             instance, action, _ = named
             self._recent.note(instance, action, what)
 
@@ -127,34 +140,49 @@ class _Coming:
 
 
 class _Counted:
-    """A call, counted; `note` is told how it ended where that comes later."""
+    """A call, counted."""
 
-    def __init__(self, call: Call, request: Any, note: Callable[[_Counted, str, Answer], object]) -> None:
+    __slots__ = ("_call", "_counting", "begun", "received", "request", "sent")
+
+    def __init__(self, call: Call, request: Any, counting: _MethodCounting) -> None:
         self.begun = time.perf_counter()
         self.sent = 0
-        self.authorization = call.authorization
-        self.client = call.client
-        self.connection = call.connection
-        self.note_blobs = call.note_blobs
-        self.widen = call.widen
         self._call = call
-        self._note = note
+        self._counting = counting
         self.request = request
         self.received = len(request) if isinstance(request, bytes) else 0
+
+    @property
+    def authorization(self) -> str | None:
+        return self._call.authorization
+
+    @property
+    def client(self) -> str:
+        return self._call.client
+
+    @property
+    def connection(self) -> int:
+        return self._call.connection
+
+    def note_blobs(self, blobs: Collection[Digest]) -> None:
+        self._call.note_blobs(blobs)
+
+    def widen(self) -> None:
+        self._call.widen()
 
     # What was given up before isn't answered, whatever became of what it brought.
 
     def answer(self, message: Answer) -> bool:
         is_waited_for = self._call.answer(message)
         if is_waited_for:
-            self._note(self, "OK", message)
+            self._counting.note_later(self, "OK", message)
         else:
-            self._note(self, "CANCELLED", None)
+            self._counting.note_later(self, "CANCELLED", None)
         return is_waited_for
 
     def fail(self, error: Exception) -> bool:
         is_waited_for = self._call.fail(error)
-        self._note(self, codes.Code.Name(find_code(error)) if is_waited_for else "CANCELLED", None)
+        self._counting.note_later(self, codes.Code.Name(find_code(error)) if is_waited_for else "CANCELLED", None)
         return is_waited_for
 
     async def write(self, message: bytes) -> None:

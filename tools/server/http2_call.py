@@ -42,62 +42,47 @@ class Owner(Protocol):
 class GrpcCall(Stream):
     """A stream, as endpoints know it."""
 
-    __slots__ = (
-        "_advanced",
-        "_ended",
-        "_owner",
-        "_parts",
-        "_start",
-        "_waiter",
-        "answering",
-        "blobs",
-        "deadline",
-        "heard",
-        "held",
-        "is_asking",
-        "left",
-        "message",
-        "moved",
-        "since",
-        "size",
-        "started",
-        "task",
-    )
+    # Most of this no call that is answered at once ever needs, so it is written down once, not for each.
+    answering = False
+    size = 0
+    """Bytes that have come of its messages, and weren't taken yet."""
+    is_asking = False
+    """More of it will be allowed when there is room for it."""
+    started = False
+    """It is begun, or waits to be."""
+    message: bytes | None = None
+    """The only one, while it waits."""
+    held = 0
+    """Bytes that count as waiting."""
+    task: asyncio.Task[None] | None = None
+    deadline: asyncio.TimerHandle | None = None
+    heard = 0.0
+    """When its client last made progress, as far as the call waits for that: for all of the only message, or for
+    the end of the answer to be taken."""
+    left = 0
+    """Bytes of that end, when it was looked at last."""
+    blobs: Collection[Digest] = ()
+    """What has to be in the store before it is answered."""
+    _ended = False
+    _waiter: asyncio.Future[None] | None = None
+    _start = 0
+    """Where the next message begins in the first part."""
+    _advanced = 0
+    """Bytes of it that were allowed before they came."""
 
     head: Head
 
     def __init__(self, stream_id: int, head: Head, window: int, expected: int, owner: Owner) -> None:
         super().__init__(stream_id, head, window, expected)
         self._owner = owner
-        self.answering = False
-        self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
         self._parts: list[bytes] = []
-        """Of what has come; the message that is next begins at `_start` of the first."""
-        self._start = 0
-        self.size = 0
-        """Bytes of them."""
-        self._advanced = 0
-        """Bytes of it that were allowed before they came."""
-        self.is_asking = False
-        """More of it will be allowed when there is room for it."""
-        self.started = False
-        """It is begun, or waits to be."""
-        self.message: bytes | None = None
-        """The only one, while it waits."""
-        self.held = 0
-        """Bytes that count as waiting."""
-        self.task: asyncio.Task[None] | None = None
-        self.deadline: asyncio.TimerHandle | None = None
-        self.heard = 0.0
-        """When its client last made progress, as far as the call waits for that: for all of the only message, or for
-        the end of the answer to be taken."""
-        self.left = 0
-        """Bytes of that end, when it was looked at last."""
+        """Of what has come."""
         self.since = self.moved = owner.now
         """When it began, and when it last went a step on."""
-        self.blobs: Collection[Digest] = ()
-        """What has to be in the store before it is answered."""
+
+    @property
+    def _message_most(self) -> int:
+        return self._owner.routes.limits.message_bytes
 
     # For endpoints.
 
@@ -195,7 +180,7 @@ class GrpcCall(Stream):
         if len(self._parts[0]) - self._start < _PREFIX_BYTES:
             self._join()
         _, length = PREFIX.unpack_from(self._parts[0], self._start)
-        most = self._owner.routes.limits.message_bytes
+        most = self._message_most
         if length > most:
             raise Exhausted(f"a message of {length} bytes: at most {most} may be")
         whole = _PREFIX_BYTES + length
@@ -252,8 +237,17 @@ class GrpcCall(Stream):
         self._parts[:] = [b"".join(self._parts)[self._start :]]
         self._start = 0
 
-    def take_only(self, ended: bool) -> bytes | None:
-        """The only message, once that is sure. Raises InvalidArgument where there is another, or none."""
+    def take_only(self, data: bytes, ended: bool) -> bytes | None:
+        """More of the request; returns its only message, once that is sure.
+
+        Raises InvalidArgument where there is another, or none.
+        """
+        size = len(data) - _PREFIX_BYTES
+        if ended and not self.size and 0 <= size <= self._message_most and data[:_PREFIX_BYTES] == PREFIX.pack(0, size):
+            # Most often it comes in one frame.
+            self._ended = True
+            return data[_PREFIX_BYTES:]
+        self.add(data, ended)
         if not ended:
             # Only looked at: what is too large is refused before it comes.
             self.look()
@@ -264,7 +258,7 @@ class GrpcCall(Stream):
         return message
 
     def _expand(self, message: bytes) -> bytes:
-        most = self._owner.routes.limits.message_bytes
+        most = self._message_most
         if not self.head.compressed:
             raise InvalidArgument("a compressed message, without a grpc-encoding that says how")
         expander = zlib.decompressobj(zlib.MAX_WBITS | 16)

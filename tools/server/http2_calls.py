@@ -211,6 +211,10 @@ class ConnectionCalls:
         """What a request's headers say. Raises Malformed."""
         return self.routes.interpret(headers)
 
+    def vary(self, known: tuple[Head, int], header: Header) -> tuple[Head, int] | None:
+        """The same, but for one header."""
+        return self.routes.vary(known, header)
+
     def make(self, stream_id: int, head: Head, window: int, expected: int) -> Stream:
         """A stream with what a call needs."""
         return GrpcCall(stream_id, head, window, expected, self)
@@ -232,15 +236,16 @@ class ConnectionCalls:
         endpoint = call.head.endpoint
         if endpoint is None:
             return
-        call.add(data, ended)
         if call.started:
+            call.add(data, ended)
             call.wake()
             return
         try:
             if endpoint.method.streams_in:
+                call.add(data, ended)
                 whole = call.look() > 0 or ended
             else:
-                call.message = call.take_only(ended)
+                call.message = call.take_only(data, ended)
                 whole = call.message is not None
         except Exception as error:  # noqa: BLE001 - told to the client
             self.fail(call, error)

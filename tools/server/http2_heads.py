@@ -80,6 +80,15 @@ class Routes:
         head, expected = known
         return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal), expected
 
+    def vary(self, known: tuple[Head, int], header: Header) -> tuple[Head, int] | None:
+        """What headers say that differ from known ones in this only, if it is the time that is left."""
+        head, expected = known
+        name, timeout = header
+        # One without a time of its own may have had one too long to be looked at.
+        if name != b"grpc-timeout" or not head.timeout or not 0 < len(timeout) <= _TIMEOUT_BYTES:
+            return None
+        return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal), expected
+
     def _interpret(self, headers: list[Header]) -> Head:
         size = sum(len(name) + len(value) + _ENTRY_BYTES for name, value in headers)
         if size > self.limits.header_bytes:

@@ -333,6 +333,9 @@ async def _serving(
     finally:
         await asyncio.gather(*(drain() for drain in drains))
         looking.cancel()
+        if http is not None:
+            # For the other processes, which are asked for this one's numbers as long as they live.
+            http.metrics.refresh()
         overload.end()
         grpc.close()
 

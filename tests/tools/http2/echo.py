@@ -47,6 +47,10 @@ class Echo:
         self.interpreted += 1
         return dict(headers), check_request(headers)
 
+    def vary(self, known: tuple[dict[bytes, bytes], int], header: Header) -> tuple[dict[bytes, bytes], int] | None:
+        name, value = header
+        return ({**known[0], name: value}, known[1]) if name == b"grpc-timeout" else None
+
     def make(self, stream_id: int, head: Any, window: int, expected: int) -> Request:
         return Request(stream_id, head, window, expected)
 

@@ -10,6 +10,7 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.settings
+import hpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
@@ -175,6 +176,27 @@ def test_equal_headers_are_interpreted_once() -> None:
     for stream in (41, 43):
         echo.connection.receive(frames.frame(frames.HEADERS, END_HEADERS | END_STREAM, stream, changing))
     assert echo.interpreted == 3, "what changes the table may mean something else the next time"
+
+
+def test_headers_that_differ_in_the_time_that_is_left_are_interpreted_once() -> None:
+    coder, echo = hpack.Encoder(), Echo(streams_most=300)
+    echo.connection.receive(frames.PREFACE + frames.settings({}))
+    heads = []
+    for number in range(200):
+        # The table keeps some sixty of them, so the others come anew now and then.
+        request = [*REQUEST, ("grpc-timeout", f"{10**7 + number}u")]
+        block = coder.encode(request)
+        echo.connection.receive(frames.frame(frames.HEADERS, END_HEADERS, 2 * number + 1, block))
+        heads.append(echo.connection.streams[2 * number + 1].head)
+        assert heads[-1] == {name.encode(): value.encode() for name, value in request}
+    assert echo.interpreted <= 30
+    # What comes between may have moved the table.
+    echo.connection.receive(
+        frames.frame(frames.HEADERS, END_HEADERS | END_STREAM, 1, coder.encode([("x-end", "of the request")]))
+    )
+    request = [*REQUEST, ("grpc-timeout", "7S")]
+    echo.connection.receive(frames.frame(frames.HEADERS, END_HEADERS, 401, coder.encode(request)))
+    assert echo.connection.streams[401].head == {name.encode(): value.encode() for name, value in request}
 
 
 def test_output_is_announced_once() -> None:

@@ -53,6 +53,79 @@ def test_what_another_implementation_encodes_is_decoded(
             assert decoder.decode(block) == headers, "the table is as it was, so it means the same"
 
 
+class Plain(Decoder):
+    """Compares no block with the last one."""
+
+    def decode(self, block: bytes) -> list[Header]:
+        self._deepest = -1
+        return super().decode(block)
+
+
+def _decode(decoder: Decoder, block: bytes) -> list[Header] | str:
+    try:
+        return decoder.decode(block)
+    except HpackError as error:
+        return str(error)
+
+
+@some.composite
+def _alike(draw: some.DrawFn) -> list[bytes]:
+    """Blocks of requests that differ in a header or two, whole or with a byte that is wrong."""
+    encoder = other.Encoder()
+    around = [
+        (b":method", b"POST"),
+        (b":scheme", b"http"),
+        (b":path", b"/a/b"),
+        (b"te", b"trailers"),
+        (b"x", b"y" * 99),
+    ]
+    place = draw(some.integers(0, len(around)))
+    blocks = []
+    for _ in range(draw(some.integers(1, 60))):
+        varying = draw(some.sampled_from([b"grpc-timeout"] * 9 + [b"x-other"]))
+        value = draw(some.binary(max_size=draw(some.sampled_from([4, 4, 4, 600]))))
+        headers = [*around[:place], (varying, value), *around[place:]]
+        if not draw(some.integers(0, 12)):
+            headers = draw(HEADERS)
+        if not draw(some.integers(0, 20)):
+            encoder.header_table_size = draw(some.sampled_from([0, 64, 300, 4096]))
+        block = bytearray(encoder.encode(headers, huffman=draw(some.booleans())))
+        if block and not draw(some.integers(0, 30)):
+            block[draw(some.integers(0, len(block) - 1))] = draw(some.integers(0, 255))
+        blocks.append(bytes(block))
+    return blocks
+
+
+@given(_alike())
+def test_a_block_like_the_last_one_is_decoded_as_any_other(blocks: list[bytes]) -> None:
+    quick, plain = Decoder(), Plain()
+    last: list[Header] = []
+    for block in blocks:
+        found = _decode(quick, block)
+        assert found == _decode(plain, block)
+        if isinstance(found, str):
+            return
+        assert (quick._entries, quick._bytes, quick.changes) == (plain._entries, plain._bytes, plain.changes)
+        if quick.varied >= 0:
+            assert len(found) == len(last)
+            assert [place for place, pair in enumerate(zip(found, last, strict=True)) if pair[0] != pair[1]] in (
+                [],
+                [quick.varied],
+            )
+        last = found
+
+
+def test_a_grpc_clients_blocks_are_taken_apart_seldom() -> None:
+    encoder, decoder = other.Encoder(), Decoder()
+    headers = [(b":method", b"POST"), (b":path", b"/a/b"), (b"user-agent", b"grpc-go"), (b"te", b"trailers")]
+    varied = 0
+    for number in range(1000):
+        request = [*headers, (b"grpc-timeout", b"%du" % (10**7 + number))]
+        assert decoder.decode(encoder.encode(request)) == request
+        varied += decoder.varied == len(headers)
+    assert varied > 800
+
+
 @given(HEADERS)
 def test_another_implementation_decodes_what_is_encoded(headers: list[Header]) -> None:
     decoder = other.Decoder(max_header_list_size=1 << 20)
