@@ -233,10 +233,12 @@ class Connection:
         if not stream_id & 1:
             raise _ConnectionError(ErrorCode.PROTOCOL_ERROR, f"stream {stream_id} isn't a client's to begin")
         self._last = stream_id
-        if self._known_changes != self._decoder.changes:
+        known = None
+        if self._known_changes == self._decoder.changes:
+            known = self._known.get(block)
+        else:
             self._known.clear()
             self._known_changes = self._decoder.changes
-        known = self._known.get(block)
         if known is None:
             headers = self._decoder.decode(block)
             varied, last, self._last_known = self._decoder.varied, self._last_known, None

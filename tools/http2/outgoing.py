@@ -9,10 +9,12 @@ from collections import deque
 from collections.abc import Callable
 
 from tools.http2 import frames
+from tools.http2.frames import DATA, END_HEADERS, END_STREAM, HEADERS, pack_head
 from tools.http2.stream import Stream
 
 Buffer = bytes | memoryview
 
+_LAST_HEADERS = END_HEADERS | END_STREAM
 _SENT_MOST = 64 << 10
 """Bytes of a frame that is sent, where the peer takes so large ones: in between others get their turn."""
 
@@ -65,15 +67,15 @@ class Outgoing:
             return
         stream.window -= size
         self.window -= size
-        stream_id, pack = stream.id, frames.pack_head
+        stream_id, pack = stream.id, pack_head
         self.send(
             b"".join(
                 (
-                    pack(len(headers) << 8 | frames.HEADERS, frames.END_HEADERS, stream_id),
+                    pack(len(headers) << 8 | HEADERS, END_HEADERS, stream_id),
                     headers,
-                    pack(size << 8 | frames.DATA, 0, stream_id),
+                    pack(size << 8 | DATA, 0, stream_id),
                     message,
-                    pack(len(trailers) << 8 | frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream_id),
+                    pack(len(trailers) << 8 | HEADERS, _LAST_HEADERS, stream_id),
                     trailers,
                 )
             )

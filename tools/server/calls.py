@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import Message
@@ -488,6 +488,7 @@ def _serialize(message: Message | bytes) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
+@lru_cache(1024)
 def _head_of_piece(size: int) -> bytes:
     """What makes so many bytes a ReadResponse. Not by protobuf, which would copy them twice."""
     return b"\x52" + write_varint(size)

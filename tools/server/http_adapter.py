@@ -16,8 +16,8 @@ import asyncio
 import io
 import socket
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -276,7 +276,7 @@ class HttpAdapter:
         _acknowledge(request)
         await _continue(request)
         parts = []
-        while data := await self._waiting.patiently(_read_body(request)):
+        while data := await self._read_piece(request):
             parts.append(data)
         data = b"".join(parts)
         self._metrics.note_bytes("http", len(data), 0)
@@ -308,7 +308,7 @@ class HttpAdapter:
     async def _take(self, request: web.BaseRequest, intake: Intake) -> None:
         await _continue(request)
         gathered = bytearray()
-        while data := await self._waiting.patiently(_read_body(request)):
+        while data := await self._read_piece(request):
             self._metrics.note_bytes("http", len(data), 0)
             gathered += data
             if len(gathered) >= _TAKE:
@@ -316,6 +316,12 @@ class HttpAdapter:
                 gathered.clear()
         if gathered:
             await self._waiting.in_thread(intake.write, bytes(gathered))
+
+    async def _read_piece(self, request: web.BaseRequest) -> bytes:
+        """What has come of the body; nothing at its end. Raises InvalidArgument, TooSlow."""
+        here = _body_here(request)
+        # Waiting has its price, a timer among others; most bodies are small, and come with their heads.
+        return here if here is not None else await self._waiting.patiently(_read_body(request))
 
     # What isn't the cache.
 
@@ -379,10 +385,23 @@ def _transport_of(request: web.BaseRequest) -> asyncio.Transport:
     return transport
 
 
+def _body_here(request: web.BaseRequest) -> bytes | None:
+    """The same as `_read_body`, unless it would have to be waited for: then None."""
+    content = request.content
+    with _breaking_rules():
+        return content.read_nowait() or (b"" if content.at_eof() else None)
+
+
 async def _read_body(request: web.BaseRequest) -> bytes:
     """What has come of the body; nothing at its end. Raises InvalidArgument for one that breaks HTTP's rules."""
-    try:
+    with _breaking_rules():
         return await request.content.readany()
+
+
+@contextmanager
+def _breaking_rules() -> Iterator[None]:
+    try:
+        yield
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise InvalidArgument(f"the body can't be read: {error}") from None
 
