@@ -4,8 +4,9 @@ A cache's clients ask this most, about the same blobs again and again. So what
 was found here within the last half minute is remembered, by the text of its
 hash as it comes off the wire, and is neither looked up nor touched again. What
 casfs removes moves a counter in the index, which is read with each question,
-and once a millisecond for blobs that are read: then all is forgotten. What others remove behind our back (Bazel collects its
-disk cache by itself) may be vouched for that half minute longer; who reads it
+and once a millisecond for blobs that are read: then all is forgotten. What
+others remove behind our back (Bazel collects its disk cache by itself) may be
+vouched for that half minute longer; who reads it
 gets an honest NOT_FOUND.
 
 A first answer costs a probe of the index and an utime of the file, which also
