@@ -130,7 +130,8 @@ def test_two_thousand_small_blobs_cost_few_calls(tmp_path: Path) -> None:
     with Store.open(tmp_path / "above") as above, above.ingest() as ingest:
         digests = [ingest.add_bytes(b"%d" % number * 100, BLAKE3) for number in range(2000)]
         ingest.flush()
-        with serving(above) as url, fetching(tmp_path / "here", url) as (store, upstream):
+        # What a batch has is what came to wait during the calls before it: so they take their time here.
+        with serving(above, Odd(delay=0.2)) as url, fetching(tmp_path / "here", url) as (store, upstream):
             done = prefetch(store, digests)
             assert (done.fetched_blobs, done.failed) == (2000, {})
             assert upstream.statistics()["BatchReadBlobs"] <= 40
