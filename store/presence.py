@@ -6,8 +6,7 @@ hash as it comes off the wire, and is neither looked up nor touched again. What
 casfs removes moves a counter in the index, which is read with each question,
 and once a millisecond for blobs that are read: then all is forgotten. What
 others remove behind our back (Bazel collects its disk cache by itself) may be
-vouched for that half minute longer; who reads it
-gets an honest NOT_FOUND.
+vouched for that half minute longer; who reads it gets an honest NOT_FOUND.
 
 A first answer costs a probe of the index and an utime of the file, which also
 tells whether the file is there. Collections go by the later of the file's time
@@ -70,11 +69,6 @@ class Presence:
         self._fresh_until = 0.0
         self._spelled: dict[DigestFunction, set[bytes]] = {}
         """Other spellings of names in `_young` and `_old`, by function; given up with `_old`."""
-
-    @property
-    def remembered(self) -> int:
-        """Blobs that are remembered."""
-        return len(self._young) + len(self._old)
 
     def find_absent(self, names: Collection[Name], *, may_wait: bool = True) -> list[Name]:
         """Those that are not here, in their order; the others count as used now.

@@ -326,6 +326,19 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
+def count_views(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each view of the index from now on."""
+    views: list[int] = []
+    view = store.index.view
+
+    def counted() -> object:
+        views.append(1)
+        return view()
+
+    monkeypatch.setattr(store.index, "view", counted)
+    return views
+
+
 def set_age(store: Store, digest: Digest, seconds: int) -> None:
     """Pretend that the blob was last used so long ago."""
     then = int(time.time()) - seconds

@@ -48,7 +48,7 @@ _BOUNDS = (("calm client, p99", 250, "ms"), ("calm client, max", 1000, "ms"), ("
 """Aims of each row, but for those that are compared."""
 _QUICK_ROWS = tuple(Load(how, 1, 200, connections=4) for how in ("write", "http", "batch", "read"))
 _LONG_CLIENTS = 16
-"""A row with so many takes a side minutes: once is enough to see whether it stands."""
+"""A row with so many takes a side minutes: once is enough to see whether it stands, unless told otherwise."""
 _TO_SIGTERM_SECONDS = 5.0
 
 
@@ -69,7 +69,7 @@ def run(settings: Settings) -> Outcome:
     try:
         for number, side in alternate(sides, settings.rounds(3)):
             for row in rows:
-                if number and row.clients >= _LONG_CLIENTS:
+                if number and not settings.repeat and row.clients >= _LONG_CLIENTS:
                     continue
                 if row.how != "http" or serves_http(side):
                     _measure(settings, outcome, program, side, row)

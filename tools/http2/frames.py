@@ -32,7 +32,7 @@ HEAD_BYTES = 9
 _HEAD = Struct(">IBI")
 _NUMBER = Struct(">I")
 _SETTING = Struct(">HI")
-read_head, pack_head = _HEAD.unpack_from, _HEAD.pack
+read_head = _HEAD.unpack_from
 """Length and type (``length << 8 | type``), flags, stream."""
 read_number = _NUMBER.unpack_from
 

@@ -94,11 +94,10 @@ class Decoder:
         place, end = len(before), len(block) - len(behind)
         if not (place < end and block.startswith(before) and block.endswith(behind) and self._deepest < len(entries)):
             return None
-        head = block[place]
-        if not 0x40 < head < 0x7F or self._get(head & 0x3F)[0] != self._last[place][0]:
+        head, name = block[place], self._last[place][0]
+        if not 0x40 < head < 0x7F or self._get(head & 0x3F)[0] != name:
             return None
         value, stop = _read_text(block, place + 1)
-        name = self._last[place][0]
         if stop != end or (behind and self._bytes + len(name) + len(value) + _ENTRY_BYTES > self._most):
             # Such an entry pushes out others, and with them perhaps what is behind.
             return None
@@ -133,8 +132,7 @@ class Decoder:
             return
         self._last = headers.copy()
         self._before, self._behind = before, behind
-        self._deepest = max((byte - _FIRST_DYNAMIC for byte in before + behind), default=-1)
-        self._deepest = max(self._deepest, 0)
+        self._deepest = max((_FIRST_DYNAMIC, *before, *behind)) - _FIRST_DYNAMIC
         self._move()
 
     def _decode(self, block: bytes) -> list[Header]:

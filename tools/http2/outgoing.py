@@ -9,12 +9,10 @@ from collections import deque
 from collections.abc import Callable
 
 from tools.http2 import frames
-from tools.http2.frames import DATA, END_HEADERS, END_STREAM, HEADERS, pack_head
 from tools.http2.stream import Stream
 
 Buffer = bytes | memoryview
 
-_LAST_HEADERS = END_HEADERS | END_STREAM
 _SENT_MOST = 64 << 10
 """Bytes of a frame that is sent, where the peer takes so large ones: in between others get their turn."""
 
@@ -67,15 +65,15 @@ class Outgoing:
             return
         stream.window -= size
         self.window -= size
-        stream_id, pack = stream.id, pack_head
+        stream_id, head = stream.id, frames.head
         self.send(
             b"".join(
                 (
-                    pack(len(headers) << 8 | HEADERS, END_HEADERS, stream_id),
+                    head(frames.HEADERS, frames.END_HEADERS, stream_id, len(headers)),
                     headers,
-                    pack(size << 8 | DATA, 0, stream_id),
+                    head(frames.DATA, 0, stream_id, size),
                     message,
-                    pack(len(trailers) << 8 | HEADERS, _LAST_HEADERS, stream_id),
+                    head(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream_id, len(trailers)),
                     trailers,
                 )
             )

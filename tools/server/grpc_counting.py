@@ -33,7 +33,7 @@ class GrpcCounting:
     def wrap(self, endpoint: Endpoint) -> Endpoint:
         """The same endpoint, counted."""
         counting = _MethodCounting(endpoint.method, self._metrics, self._recent)
-        inner, is_write = endpoint.begin, counting.is_write
+        inner = endpoint.begin
 
         def begin(request: Any, context: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
             call = _Counted(context, request, counting)
@@ -48,8 +48,7 @@ class GrpcCounting:
                 counting.note(call, "OK", answer)
                 return answer
             if answer is LATER:
-                if is_write:
-                    self._metrics.note_upload(1)
+                counting.note_open()
                 return answer
             return cast("Coroutine[Any, Any, Answer]", _Coming(counting.finish(call, answer), answer))
 
@@ -60,7 +59,7 @@ class _MethodCounting:
     """What is counted of a method's calls."""
 
     def __init__(self, method: Method, metrics: Metrics, recent: Recent) -> None:
-        self.is_write = method is methods.WRITE
+        self._is_write = method is methods.WRITE
         self._method = method
         self._name = method.name
         self._metrics = metrics
@@ -72,8 +71,7 @@ class _MethodCounting:
     async def finish(self, call: _Counted, coming: Coroutine[Any, Any, Answer]) -> Answer:
         """Wait for an answer."""
         code, answer = "CANCELLED", None
-        if self.is_write:
-            self._metrics.note_upload(1)
+        self.note_open()
         try:
             answer = await coming
             code = "OK"
@@ -84,9 +82,14 @@ class _MethodCounting:
         finally:
             self.note_later(call, code, answer)
 
+    def note_open(self) -> None:
+        """A call isn't answered at once; `note_later` follows."""
+        if self._is_write:
+            self._metrics.note_upload(1)
+
     def note_later(self, call: _Counted, code: str, answer: Answer) -> None:
         """A call ended that wasn't answered at once."""
-        if self.is_write:
+        if self._is_write:
             self._metrics.note_upload(-1)
         self.note(call, code, answer)
 

@@ -75,19 +75,15 @@ class Routes:
             if len(self._known) >= _KNOWN_MOST:
                 self._known.clear()
             self._known[key] = known
-        if not timeout:
-            return known
-        head, expected = known
-        return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal), expected
+        return _with_timeout(known, timeout) if timeout else known
 
     def vary(self, known: tuple[Head, int], header: Header) -> tuple[Head, int] | None:
         """What headers say that differ from known ones in this only, if it is the time that is left."""
-        head, expected = known
         name, timeout = header
         # One without a time of its own may have had one too long to be looked at.
-        if name != b"grpc-timeout" or not head.timeout or not 0 < len(timeout) <= _TIMEOUT_BYTES:
+        if name != b"grpc-timeout" or not known[0].timeout or not 0 < len(timeout) <= _TIMEOUT_BYTES:
             return None
-        return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal), expected
+        return _with_timeout(known, timeout)
 
     def _interpret(self, headers: list[Header]) -> Head:
         size = sum(len(name) + len(value) + _ENTRY_BYTES for name, value in headers)
@@ -115,6 +111,11 @@ class Routes:
             None if authorization is None else authorization.decode("utf-8", "surrogateescape"),
             compressed=encoding == b"gzip",
         )
+
+
+def _with_timeout(known: tuple[Head, int], timeout: bytes) -> tuple[Head, int]:
+    head, expected = known
+    return Head(head.endpoint, head.authorization, timeout, head.compressed, head.refusal), expected
 
 
 def _refuse(error: Exception) -> Head:

@@ -16,8 +16,8 @@ import asyncio
 import io
 import socket
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import closing, suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -386,22 +386,17 @@ def _transport_of(request: web.BaseRequest) -> asyncio.Transport:
 
 
 def _body_here(request: web.BaseRequest) -> bytes | None:
-    """The same as `_read_body`, unless it would have to be waited for: then None."""
+    """What `_read_body` gives, if that is here and whole; else None."""
     content = request.content
-    with _breaking_rules():
-        return content.read_nowait() or (b"" if content.at_eof() else None)
+    if content.exception() is not None:
+        return None
+    return content.read_nowait() or (b"" if content.at_eof() else None)
 
 
 async def _read_body(request: web.BaseRequest) -> bytes:
     """What has come of the body; nothing at its end. Raises InvalidArgument for one that breaks HTTP's rules."""
-    with _breaking_rules():
-        return await request.content.readany()
-
-
-@contextmanager
-def _breaking_rules() -> Iterator[None]:
     try:
-        yield
+        return await request.content.readany()
     except (web.RequestPayloadError, HttpProcessingError) as error:
         raise InvalidArgument(f"the body can't be read: {error}") from None
 

@@ -231,16 +231,20 @@ class Metrics:
 
     def refresh(self) -> None:
         """Show this process's plain numbers: when somebody asks, and now and then for those who ask another one."""
-        with self._refreshing:
-            for tally in (self._requests, self._bytes, self._lookups):
-                tally.bring()
-            for labels, times in list(self._seconds.items()):
-                times.bring(self._histogram.labels(*labels))
+        self._bring()
         self._uploads.set(self._open_uploads)
         if self._overload is not None:
             for name, number in self._overload.pressure()._asdict().items():
                 self._waiting[name].set(number)
             self._overloaded.set(self._overload.is_on)
+
+    def _bring(self) -> None:
+        """Bring to the library what was counted."""
+        with self._refreshing:
+            for tally in (self._requests, self._bytes, self._lookups):
+                tally.bring()
+            for labels, times in list(self._seconds.items()):
+                times.bring(self._histogram.labels(*labels))
 
     def waiting(self) -> tuple[Pressure, bool]:
         """What waits, in all processes, and whether one of them is overloaded."""
@@ -264,7 +268,7 @@ class Metrics:
 
     def lookups(self) -> Lookups:
         """All so far, of all processes."""
-        self.refresh()
+        self._bring()
         found = {"hit": 0.0, "miss": 0.0}
         for metric in self._registry.collect():
             if metric.name == "casfs_lookups":

@@ -21,6 +21,7 @@ from store.errors import BadInput, MissingBlob, StoreError
 from store.layout import blob_path
 from store.presence import Name, WouldWait, as_name
 from store.repository import Store
+from tests.conftest import count_views
 from tests.tools.server.conftest import SHA256
 from tools.reapi import methods
 from tools.reapi.generate import GENERATED, generate
@@ -130,18 +131,6 @@ def test_all_that_changes_something_needs_the_right_to_write() -> None:
 
 
 # Hot paths
-
-
-def count_views(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    views: list[int] = []
-    view = store.index.view
-
-    def counted() -> object:
-        views.append(1)
-        return view()
-
-    monkeypatch.setattr(store.index, "view", counted)
-    return views
 
 
 def add(services: Services, *blobs: bytes) -> list[Digest]:
