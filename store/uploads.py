@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from store.digest import Digest
@@ -106,6 +106,8 @@ class Uploads:
         self._lock = threading.Lock()
         # Under `_lock`:
         self._ingest: Ingest | None = None
+        self._batch_ingests: list[Ingest] = []
+        """Sessions in which no batch is being stored."""
         self._committer: threading.Thread | None = None
         self._closed = False
 
@@ -136,8 +138,8 @@ class Uploads:
                 return results
             try:
                 roomy = [number for number, refused in enumerate(results) if refused is None]
-                with self._storing:
-                    stored = self.session().store_all([blobs[n] for n in roomy])
+                with self._batch_session() as session:
+                    stored = session.store_all([blobs[n] for n in roomy])
                 for number, refused in zip(roomy, stored, strict=True):
                     results[number] = refused
             except StoreError as error:
@@ -174,11 +176,36 @@ class Uploads:
     def session(self) -> Ingest:
         """Where blobs are written before they are published. Raises StoreUnusable when the store is being closed."""
         with self._lock:
-            if self._closed:
-                raise StoreUnusable("the store is being closed")
+            self._check_open()
             if self._ingest is None:
                 self._ingest = self._make_ingest()
             return self._ingest
+
+    @contextmanager
+    def _batch_session(self) -> Iterator[Ingest]:
+        """A session for one batch at a time. Raises StoreUnusable when the store is being closed.
+
+        Batches that are stored side by side have one each: a session publishes one after the other, and
+        threads that make and rename files in one directory spin on its lock.
+        """
+        with self._storing:
+            with self._lock:
+                self._check_open()
+                if not self._batch_ingests:
+                    self._batch_ingests.append(self._make_ingest())
+                session = self._batch_ingests.pop()
+            try:
+                yield session
+            finally:
+                with self._lock:
+                    if self._closed:
+                        session.close()
+                    else:
+                        self._batch_ingests.append(session)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnusable("the store is being closed")
 
     def _run(self) -> None:
         while True:
@@ -214,5 +241,8 @@ class Uploads:
             committer.join()
         with self._lock:
             ingest, self._ingest = self._ingest, None
+            sessions, self._batch_ingests = self._batch_ingests, []
         if ingest is not None:
-            ingest.close()
+            sessions.append(ingest)
+        for session in sessions:
+            session.close()

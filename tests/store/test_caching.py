@@ -361,6 +361,34 @@ def test_a_batch_is_published_at_once(store: Store, uploads: Uploads, monkeypatc
     assert synced == ["syncfs", "syncfs"], "the files, and their names"
 
 
+def test_batches_of_two_threads_are_published_side_by_side_out_of_two_sessions(
+    store: Store, uploads: Uploads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do = Publisher._name
+    both = threading.Barrier(2)
+    directories: list[set[Path]] = []
+
+    def name(publisher: Publisher, fresh: dict[bytes, Any], many: bool) -> None:
+        directories.append({Path(item.path).parent for item in fresh.values()})
+        both.wait(30)
+        do(publisher, fresh, many)
+
+    monkeypatch.setattr(Publisher, "_name", name)
+    threads = [
+        threading.Thread(target=uploads.add_all, args=([(SHA256.of(data), data)],)) for data in (b"1", b"2", b"3", b"4")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not both.broken
+    assert [len(one) for one in directories] == [1] * 4
+    used = set.union(*directories)
+    assert len(used) == 2 and {directory.parent for directory in used} == {store.layout.tmp}
+    uploads.close()
+    assert not any(store.layout.tmp.iterdir())
+
+
 def test_a_blob_that_was_deleted_behind_our_back_is_stored_again(store: Store, uploads: Uploads) -> None:
     blob = SHA256.of(b"twice"), b"twice"
     path = store.layout.blobs / blob_path(blob[0])

@@ -11,7 +11,7 @@ client's error (INVALID_ARGUMENT) and not ours.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from enum import Enum
 from functools import lru_cache, partial
@@ -33,10 +33,9 @@ from tools.server.cas import Batch
 from tools.server.downloads import Reader
 from tools.server.errors import InvalidArgument
 from tools.server.execution import Executions
-from tools.server.gate import Client, Gate
+from tools.server.gate import Client, Gate, settle_future
 from tools.server.scheduler import Execution
 from tools.server.services import Services
-from tools.server.storing import settle_future
 from tools.server.waiting import FETCH_THREADS, LOOK_THREADS, Waiting
 from tools.server.waits import Reason, waiting_for
 
@@ -325,9 +324,8 @@ class Calls:
             except StoreUnusable as error:
                 call.fail(error)
 
-        for number in batch.blobs:
-            self._add(batch, number, call, answer)
         call.note_blobs(batch.digests)
+        self._add(batch, list(batch.blobs), call, answer)
         return LATER
 
     async def _batch_update_in_parts(self, request: reapi.BatchUpdateBlobsRequest, call: Call) -> Answer:
@@ -335,25 +333,24 @@ class Calls:
         batch = await self._waiting.in_thread(self._cas.read_batch, request)
         call.note_blobs(batch.digests)
         stored = asyncio.Event()
-        for place, number in enumerate(list(batch.blobs), 1):
-            self._add(batch, number, call, stored.set)
-            if not place % _ITEMS_MOST:
-                await asyncio.sleep(0)
+        numbers = list(batch.blobs)
+        for first in range(0, len(numbers), _ITEMS_MOST):
+            self._add(batch, numbers[first : first + _ITEMS_MOST], call, stored.set)
+            await asyncio.sleep(0)
         if batch.left:
             await stored.wait()
         return await self._waiting.in_thread(batch.answer)
 
-    def _add(self, batch: Batch, number: int, call: Call, answer: Callable[[], object]) -> None:
-        """Have one blob of a batch stored; the last that is stored has the batch answered."""
-        digest, data = batch.blobs[number]
+    def _add(self, batch: Batch, numbers: Sequence[int], call: Call, answer: Callable[[], object]) -> None:
+        """Have blobs of a batch stored; the last that is stored has the batch answered."""
 
-        def settle(refused: Exception | None) -> None:
-            if refused is None:
-                self._cas.note(digest)
+        def settle(number: int, refused: Exception | None) -> None:
             if batch.settle(number, refused):
+                self._cas.note(batch.stored)
                 answer()
 
-        self._gate.add(Client(call.authorization, call.connection), digest, data, settle)
+        client = Client(call.authorization, call.connection)
+        self._gate.add_all(client, ((*batch.blobs[number], partial(settle, number)) for number in numbers))
 
     def _query_write_status(self, raw: bytes, call: Call) -> Answer | Later | Coroutine[Any, Any, Answer]:
         stream = self._stream

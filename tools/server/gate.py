@@ -1,6 +1,7 @@
 """The one gate for uploads, whichever door they come through: what is begun is finished before more is begun.
 
     gate.add(client, digest, data, settle)      a blob that came whole
+    gate.add_all(client, blobs)                 many that came together
     async with gate.turn(client): ...           one that comes piece by piece
 
 Whole blobs go to the store's threads as long as they have room, and wait here in a
@@ -18,9 +19,8 @@ Used in the loop's thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import NamedTuple
 
 from store.digest import Digest
@@ -28,12 +28,16 @@ from store.errors import DigestMismatch, StoreUnusable
 from tools.server.fair import FairQueue
 from tools.server.load import Load
 from tools.server.status import faults
-from tools.server.storing import Settle, Store, Storing, Whole
+from tools.server.storing import Blob, Store, Storing
 from tools.server.waits import Reason, waiting_for
 
 _BLOBS_MOST = 2048
 _BYTES_MOST = 12 << 20
 """That the store's threads have at a time: some groups, and few enough that the last blob of them doesn't wait long."""
+
+
+Settle = Callable[["Exception | None"], object]
+"""Told in the loop's thread why a blob was refused, or None: it is durable."""
 
 
 class Client(NamedTuple):
@@ -71,7 +75,7 @@ class Gate:
         """`turns`: uploads that come piece by piece and are taken at a time."""
         self.load = load
         self._clock = asyncio.get_running_loop().time
-        self._storing = Storing(store, self._pump)
+        self._storing = Storing(store, self._settle)
         self._coming: dict[Digest, list[_Bringer]] = {}
         """Blobs that wait or are being stored: the first one's bytes are, the others wait for what becomes of them."""
         self._whole: FairQueue[Digest] = FairQueue()
@@ -105,7 +109,14 @@ class Gate:
 
     def add(self, client: Client, digest: Digest, data: bytes, settle: Settle) -> None:
         """Have a blob stored; `settle` is called when it is durable, or refused."""
-        self._wait(digest, _Bringer(client, data, settle, self._clock()))
+        self.add_all(client, ((digest, data, settle),))
+
+    def add_all(self, client: Client, blobs: Iterable[tuple[Digest, bytes, Settle]]) -> None:
+        """The same for some of one client, each with its own `settle`."""
+        since = self._clock()
+        for digest, data, settle in blobs:
+            self._wait(digest, _Bringer(client, data, settle, since))
+        self._pump()
 
     def join(self, client: Client, digest: Digest, settle: Settle) -> bool:
         """Have `settle` called when that blob is stored or refused, if it is on its way."""
@@ -122,24 +133,43 @@ class Gate:
             return
         self._coming[digest] = [bringer]
         self._whole.push(bringer.client.token, bringer.client.connection, digest)
-        if len(self._whole) == 1:
-            self._pump()
 
     @property
     def _has_room(self) -> bool:
         return self._storing.blobs < _BLOBS_MOST and self._storing.bytes < _BYTES_MOST
 
     def _pump(self) -> None:
-        while self._whole and self._has_room:
+        count, size = _BLOBS_MOST - self._storing.blobs, _BYTES_MOST - self._storing.bytes
+        blobs: list[Blob] = []
+        owners: list[int] = []
+        while self._whole and count > 0 and size > 0:
             digest = self._whole.pop()
             bringer = self._coming[digest][0]
-            self.load.release(bringer.client.connection, bringer.size)
-            self._storing.add(Whole(digest, bringer.data or b"", partial(self._settle, digest)))
+            data = bringer.data or b""
+            blobs.append((digest, data))
+            owners.append(bringer.client.connection)
+            count -= 1
+            size -= len(data)
+        if blobs:
+            self._storing.add(blobs)
+            # Now: who is read on for that may come here at once, and has to find things as they are.
+            for owner, (_, data) in zip(owners, blobs, strict=True):
+                self.load.release(owner, len(data))
         self._pass_on()
 
-    def _settle(self, digest: Digest, refused: Exception | None) -> None:
-        # Forgotten before anybody is told: who is may bring it again.
-        first, *others = self._coming.pop(digest)
+    def _settle(self, blobs: Sequence[Blob], results: Sequence[Exception | None]) -> None:
+        for (digest, _), refused in zip(blobs, results, strict=True):
+            # Forgotten before anybody is told: who is may bring it again.
+            bringers = self._coming.pop(digest)
+            if len(bringers) == 1:
+                _tell(bringers[0], refused)
+            else:
+                self._settle_among(digest, bringers, refused)
+        self._pump()
+
+    def _settle_among(self, digest: Digest, bringers: Sequence[_Bringer], refused: Exception | None) -> None:
+        """The same for a blob that several brought, or asked for."""
+        first, *others = bringers
         if isinstance(refused, DigestMismatch):
             # The first one's bytes were wrong; that says nothing of those of the others.
             following = next((bringer for bringer in others if bringer.data is not None), None)
@@ -206,3 +236,9 @@ def _tell(bringer: _Bringer, refused: Exception | None) -> None:
         bringer.settle(refused)
     except Exception as error:  # noqa: BLE001 - the others of its group have to be told, too
         faults.note(error, "telling what became of an upload")
+
+
+def settle_future(done: asyncio.Future[Exception | None], refused: Exception | None) -> None:
+    """A `Settle` for who awaits, with `done` as its first argument."""
+    if not done.done():
+        done.set_result(refused)

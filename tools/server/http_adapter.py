@@ -39,7 +39,7 @@ from tools.server.errors import (
     Unauthenticated,
     Unsized,
 )
-from tools.server.gate import Client, Gate
+from tools.server.gate import Client, Gate, settle_future
 from tools.server.http_cache import SMALL, Content, HttpCache, Intake
 from tools.server.http_names import CacheName, Kind, accepts_zstd, is_host, matches, parse_cache_path, parse_range
 from tools.server.http_status import find_http_status
@@ -48,7 +48,6 @@ from tools.server.pages import Page, Pages
 from tools.server.recent import Recent
 from tools.server.sending import Sending
 from tools.server.status import as_status, faults
-from tools.server.storing import settle_future
 from tools.server.waiting import FETCH_THREADS, Waiting
 from tools.server.waits import Reason, waiting_for
 
@@ -275,10 +274,12 @@ class HttpAdapter:
         """A blob that is gathered in memory, and stored together with others."""
         _acknowledge(request)
         await _continue(request)
-        parts = []
-        while data := await self._read_piece(request):
-            parts.append(data)
-        data = b"".join(parts)
+        data = await self._read_piece(request)
+        if not request.content.at_eof():
+            parts = [data]
+            while data := await self._read_piece(request):
+                parts.append(data)
+            data = b"".join(parts)
         self._metrics.note_bytes("http", len(data), 0)
         digest = self._cache.read_whole(name, data)
         if self._cache.is_remembered(digest):
@@ -371,8 +372,10 @@ def _acknowledge(request: web.BaseRequest) -> None:
     ccache sends them apart and without TCP_NODELAY, so its kernel keeps the
     body back until then: 40 ms, as long as ours puts acknowledgements off.
     """
-    connection = None if request.transport is None else request.transport.get_extra_info("socket")
-    if connection is not None and not request.content.is_eof():
+    if request.content.is_eof() or request.transport is None:
+        return
+    connection = request.transport.get_extra_info("socket")
+    if connection is not None:
         with suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 

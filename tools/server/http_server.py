@@ -104,9 +104,10 @@ class _Connection(RequestHandler):
         """Take what has come: the body of a request, or a head."""
         # aiohttp's own sign that it waits for a head: what comes otherwise may be the rest of a body that was refused.
         waiter = self._waiter
+        super().data_received(data)
+        # Most heads come whole, and need no timer.
         if self._head is None and waiter is not None and not waiter.done() and data.strip(b"\r\n"):
             self._await_head()
-        super().data_received(data)
 
     def _await_head(self) -> None:
         self._head = asyncio.get_running_loop().call_later(self.patience, self.force_close)

@@ -12,14 +12,14 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from store.digest import Digest
 from store.errors import StoreError, StoreUnusable
 
-Settle = Callable[["Exception | None"], object]
-"""Told in the loop's thread why a blob was refused, or None: it is durable."""
-Store = Callable[[Sequence[tuple[Digest, bytes]]], Sequence["StoreError | None"]]
+Blob = tuple[Digest, bytes]
+SettleGroup = Callable[[Sequence[Blob], Sequence["Exception | None"]], object]
+"""Told in the loop's thread of blobs why each was refused, or None: it is durable."""
+Store = Callable[[Sequence[Blob]], Sequence["StoreError | None"]]
 """Stores blobs, and says of each why it was refused; may raise what concerns all of them."""
 
 _THREADS = 2
@@ -27,46 +27,43 @@ _GROUP_BLOBS = 512
 _GROUP_BYTES = 8 << 20
 
 
-class Whole(NamedTuple):
-    """A blob with its bytes."""
-
-    digest: Digest
-    data: bytes
-    settle: Settle
-
-
 class Storing:
     """Of one loop. `blobs` and `bytes`: those that were added and aren't settled."""
 
-    def __init__(self, store: Store, settled: Callable[[], object]) -> None:
-        """`settled` is called in the loop's thread after each group."""
+    def __init__(self, store: Store, settle: SettleGroup) -> None:
         self._store = store
-        self._settled = settled
+        self._settle_group = settle
         self._loop = asyncio.get_running_loop()
         self.blobs = 0
         self.bytes = 0
         self._changed = threading.Condition()
         # Under `_changed`:
-        self._waiting: deque[Whole] = deque()
+        self._waiting: deque[Blob] = deque()
         self._idle = 0
         self._closed = False
         self._threads: list[threading.Thread] = []
 
-    def add(self, whole: Whole) -> None:
-        """Have it stored."""
-        self.blobs += 1
-        self.bytes += len(whole.data)
+    def add(self, blobs: Sequence[Blob]) -> None:
+        """Have them stored."""
+        self.blobs += len(blobs)
+        self.bytes += _size(blobs)
         with self._changed:
             if self._closed:
-                self._loop.call_soon(self._settle, [whole], StoreUnusable("this server is ending"))
+                self._loop.call_soon(self._settle, blobs, StoreUnusable("this server is ending"))
                 return
-            self._waiting.append(whole)
-            if self._idle:
-                self._changed.notify()
-            elif len(self._threads) < _THREADS:
-                thread = threading.Thread(target=self._run, name="storing", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            self._waiting.extend(blobs)
+            self._see_taken()
+
+    def _see_taken(self) -> None:
+        """Have a thread take what waits, if one is free. With `_changed` held."""
+        if not self._waiting:
+            return
+        if self._idle:
+            self._changed.notify()
+        elif len(self._threads) < _THREADS:
+            thread = threading.Thread(target=self._run, name="storing", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _run(self) -> None:
         while True:
@@ -77,10 +74,9 @@ class Storing:
                 if not self._waiting:
                     return
                 group = self._take()
+                self._see_taken()
             try:
-                results: Sequence[Exception | None] | Exception = self._store(
-                    [(whole.digest, whole.data) for whole in group]
-                )
+                results: Sequence[Exception | None] | Exception = self._store(group)
             except Exception as error:  # noqa: BLE001 - told to whoever waits
                 results = error
             try:
@@ -88,23 +84,21 @@ class Storing:
             except RuntimeError:
                 return  # the loop has ended, and nobody waits
 
-    def _take(self) -> list[Whole]:
+    def _take(self) -> list[Blob]:
         waiting, size = self._waiting, 0
-        group: list[Whole] = []
+        group: list[Blob] = []
         while waiting and len(group) < _GROUP_BLOBS and size < _GROUP_BYTES:
-            whole = waiting.popleft()
-            group.append(whole)
-            size += len(whole.data)
+            blob = waiting.popleft()
+            group.append(blob)
+            size += len(blob[1])
         return group
 
-    def _settle(self, group: Sequence[Whole], results: Sequence[Exception | None] | Exception) -> None:
+    def _settle(self, group: Sequence[Blob], results: Sequence[Exception | None] | Exception) -> None:
         if isinstance(results, Exception):
             results = [results] * len(group)
         self.blobs -= len(group)
-        for whole, refused in zip(group, results, strict=True):
-            self.bytes -= len(whole.data)
-            whole.settle(refused)
-        self._settled()
+        self.bytes -= _size(group)
+        self._settle_group(group, results)
 
     def close(self) -> None:
         """Store what waits, and end the threads."""
@@ -115,7 +109,5 @@ class Storing:
             thread.join()
 
 
-def settle_future(done: asyncio.Future[Exception | None], refused: Exception | None) -> None:
-    """A `Settle` for who awaits, with `done` as its first argument."""
-    if not done.done():
-        done.set_result(refused)
+def _size(blobs: Sequence[Blob]) -> int:
+    return sum([len(data) for _, data in blobs])

@@ -190,6 +190,29 @@ def test_connections_and_tokens_take_turns_while_the_disk_is_busy(monkeypatch: p
     run(test)
 
 
+def test_blobs_that_come_together_are_stored_together_and_told_apart() -> None:
+    async def test(disk: Disk, gate: Gate, told: Told) -> None:
+        blobs = [b"%d" % number for number in range(700)]
+        wrong = SHA256.of(b"wrong")
+        gate.add_all(
+            ONE,
+            [
+                (wrong if data == b"7" else SHA256.of(data), data, partial(told.settle, data.decode()))
+                for data in [*blobs, b"again"]
+            ],
+        )
+        gate.add_all(TWO, [(SHA256.of(b"again"), b"again", partial(told.settle, "twice"))])
+        # All were handed on at once: a thread took a group, and another one what was more.
+        await until(lambda: len(disk.groups) == 2)
+        disk.works.set()
+        results = await told.all(702)
+        assert {name for name, refused in results.items() if refused} == {"7"}
+        assert isinstance(results["7"], DigestMismatch)
+        assert sorted(map(len, disk.groups)) == [189, 512]
+
+    run(test)
+
+
 def test_what_waits_counts_and_what_the_disk_has_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "_BYTES_MOST", 100)
 

@@ -23,12 +23,11 @@ from tools.reapi import methods
 from tools.reapi.generated import bytestream_pb2 as bytestream
 from tools.reapi.resource_names import ResourceName
 from tools.server import gate, http2_calls, load, serve, storing
-from tools.server.gate import Client, Gate
+from tools.server.gate import Client, Gate, settle_future
 from tools.server.http_server import HttpLimits
 from tools.server.load import Load
 from tools.server.metrics import _WAITING, Metrics, Sizes
 from tools.server.overload import CLEAR_SECONDS, Overload, Pressure
-from tools.server.storing import settle_future
 from tools.server.waits import Reason, find_place
 
 

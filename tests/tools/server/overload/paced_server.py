@@ -31,7 +31,7 @@ from tools.server.http2_server import Http2Server, _Connection
 from tools.server.limits import GrpcLimits
 from tools.server.load import Load
 from tools.server.services import Services
-from tools.server.storing import Storing, Whole
+from tools.server.storing import Blob, SettleGroup, Storing
 from tools.server.turns import Turns
 
 
@@ -80,41 +80,40 @@ class Peak:
 class PacedStoring(Storing):
     """Groups are those of the real one, and stored for real, but in the loop and in virtual time; two at a time."""
 
-    def __init__(self, server: PacedServer, store: Any, settled: Callable[[], object]) -> None:
-        super().__init__(store, settled)
+    def __init__(self, server: PacedServer, store: Any, settle: SettleGroup) -> None:
+        super().__init__(store, settle)
         self._server = server
         self._free = 2
 
-    def add(self, whole: Whole) -> None:
-        self._server.loop.charge(self._server.costs.take)
-        self.blobs += 1
-        self.bytes += len(whole.data)
-        self._waiting.append(whole)
+    def add(self, blobs: Sequence[Blob]) -> None:
+        self._server.loop.charge(len(blobs) * self._server.costs.take)
+        self.blobs += len(blobs)
+        self.bytes += sum(len(data) for _, data in blobs)
+        self._waiting.extend(blobs)
         self._server.loop.call_soon(self._begin)
 
     def _begin(self) -> None:
-        if self._waiting and self._free:
+        while self._waiting and self._free:
             self._free -= 1
             group = self._take()
             costs = self._server.costs
             self._server.loop.call_later(costs.sync + len(group) * costs.blob, self._stored, group)
 
-    def _stored(self, group: Sequence[Whole]) -> None:
+    def _stored(self, group: Sequence[Blob]) -> None:
         self._free += 1
-        blobs = [(whole.digest, whole.data) for whole in group]
         results: Sequence[Exception | None] | Exception
         try:
-            results = self._store(blobs)
+            results = self._store(group)
         except StoreError as error:
             results = error
         else:
             self._server.note_stored(
-                [digest for (digest, _), refused in zip(blobs, results, strict=True) if not refused]
+                [digest for (digest, _), refused in zip(group, results, strict=True) if not refused]
             )
         self._settle(group, results)
         self._begin()
 
-    def _settle(self, group: Sequence[Whole], results: Sequence[Exception | None] | Exception) -> None:
+    def _settle(self, group: Sequence[Blob], results: Sequence[Exception | None] | Exception) -> None:
         self._server.loop.charge(len(group) * self._server.costs.settle)
         super()._settle(group, results)
 
@@ -151,7 +150,7 @@ class PacedServer:
         self.refuse: Callable[[], StoreError | None] = lambda: None
         """Why the next group can't be stored."""
         self.gate = Gate(self._store, self.load, self.bounds.uploads)
-        self.storing = PacedStoring(self, self._store, self.gate._pump)
+        self.storing = PacedStoring(self, self._store, self.gate._settle)
         self.gate._storing = self.storing
         limits = GrpcLimits(uploads=self.bounds.uploads)
         self.calls = Calls(self.services, Anybody(), limits.idle_seconds, self.gate)
