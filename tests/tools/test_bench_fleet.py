@@ -42,19 +42,20 @@ def load_server(program: Path, load: Load, server: Served) -> Result:
 @pytest.mark.long
 @pytest.mark.parametrize("how", WAYS)
 def test_a_small_load_is_stored_whole(tmp_path: Path, program: Path, how: str) -> None:
-    with loaded_server(CASFS, tmp_path) as server:
+    with loaded_server(CASFS, tmp_path / "server") as server:
         result = load_server(program, Load(how, 1, 200, connections=4), server.served)
         assert (result.stored, result.failed, result.cancelled) == (200, 0, 0), result
         assert result.calm["all"].calls > 0 and result.calm["all"].failed == 0
         assert result.health_by == "GET /healthz"
         assert server.end() is not None
         # The calm client has one of its own.
-        assert len(list(tmp_path.glob("server-*/store/blobs/cas/??/*"))) == 201
+        assert len(list((tmp_path / "server/store/blobs/cas").glob("??/*"))) == 201
+    assert not (tmp_path / "server").exists()
 
 
 @pytest.mark.long
 def test_calls_that_the_client_cancels_are_neither_stored_nor_failed(tmp_path: Path, program: Path) -> None:
-    with loaded_server(CASFS, tmp_path) as server:
+    with loaded_server(CASFS, tmp_path / "server") as server:
         load = Load("write", 1, 200, connections=4, cancelled=0.5)
         result = load_server(program, load, server.served)
         assert result.stored + result.cancelled == 200 and result.failed == 0

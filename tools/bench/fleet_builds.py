@@ -89,11 +89,10 @@ def _choose_cases(settings: Settings) -> list[Case]:
 
 
 def _measure(settings: Settings, outcome: Outcome, case: Case) -> None:
+    place = settings.scratch / "server"
     options = ("--execute", "--host-root", "--jobs", "2")
     with ExitStack() as stack:
-        server = stack.enter_context(
-            loaded_server(CASFS, settings.scratch, core_percent=case.core_percent, options=options)
-        )
+        server = stack.enter_context(loaded_server(CASFS, place, core_percent=case.core_percent, options=options))
         builders = [_make_client(settings.scratch, number, case.files) for number in range(case.clients)]
         for builder in builders:
             stack.callback(builder.forget)

@@ -12,9 +12,6 @@ The calm client is another process, and makes one call after the other on one co
 at another machine notices. It asks for capabilities, an action result, a small blob, and whether the server is well. A
 call that fails counts as 60 s.
 
-No store is removed before the end, which takes 4 KiB and an inode for each blob: 18 GiB for three rounds of three
-servers.
-
 Peak memory is what was resident (VmHWM). At the end the load begins anew, and in the middle of it the server gets
 SIGTERM; one that still runs after 60 s is killed.
 """
@@ -96,7 +93,7 @@ def choose_rows(settings: Settings) -> list[Load]:
 
 
 def _measure(settings: Settings, outcome: Outcome, program: Path, side: str, row: Load) -> None:
-    with loaded_server(side, settings.scratch, core_percent=settings.fleet.core_percent) as server:
+    with loaded_server(side, settings.scratch / "server", core_percent=settings.fleet.core_percent) as server:
         served = server.served
         with storming(program, row, served) as storm:
             storm.wait_begun()

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -69,19 +68,17 @@ def serves_http(side: str) -> bool:
 
 @contextmanager
 def loaded_server(
-    side: str, parent: Path, *, core_percent: int | None = None, options: Sequence[str] = ()
+    side: str, place: Path, *, core_percent: int | None = None, options: Sequence[str] = ()
 ) -> Iterator[LoadedServer]:
-    """A fresh server with a new store below `parent`, which ends with the context, whatever state it is in.
-
-    Its store stays. For some minutes after files are removed, ext4 passes over their inodes one by one to make others,
-    so the next server on that disk would pay for what this one stored, by chance more or less.
+    """A fresh server with a new store below `place`, which goes at the end of the context, whatever state it is in.
 
     `core_percent` holds it to so much of one core. `options` are casfs's. Raises
     Refused where there is no control group for that, RuntimeError where the server doesn't start.
     """
-    place = Path(tempfile.mkdtemp(prefix="server-", dir=parent))
+    place.mkdir()
     log = place / "log"
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, place, ignore_errors=True)
         share = stack.enter_context(cpu_share(core_percent)) if core_percent else None
         start = {CASFS: _start_casfs, BAZEL_REMOTE: _start_bazel_remote, NATIVELINK: _start_nativelink}[side]
         command, find = start(place)
