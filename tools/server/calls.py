@@ -345,8 +345,9 @@ class Calls:
         """Have blobs of a batch stored; the last that is stored has the batch answered."""
 
         def settle(number: int, refused: Exception | None) -> None:
+            if refused is None:
+                self._cas.note(batch.blobs[number][0])
             if batch.settle(number, refused):
-                self._cas.note(batch.stored)
                 answer()
 
         client = Client(call.authorization, call.connection)

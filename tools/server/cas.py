@@ -6,7 +6,7 @@ WouldWait then; the others write or read disks and are for a thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,13 +54,6 @@ class Batch:
     def digests(self) -> list[Digest]:
         """Of its blobs."""
         return [digest for digest, _ in self.blobs.values()]
-
-    @property
-    def stored(self) -> list[Digest]:
-        """Those of them that weren't refused, when all are settled."""
-        if not self.refused:
-            return self.digests
-        return [digest for number, (digest, _) in self.blobs.items() if number not in self.refused]
 
     def settle(self, number: int, refused: Exception | None) -> bool:
         """That one is stored, or refused; whether it was the last."""
@@ -154,9 +147,9 @@ class ContentAddressableStorage:
         batch.left = len(batch.blobs)
         return batch
 
-    def note(self, digests: Sequence[Digest]) -> None:
-        """The blobs have become durable."""
-        self._presence.note(map(as_name, digests))
+    def note(self, digest: Digest) -> None:
+        """The blob has become durable."""
+        self._presence.note([as_name(digest)])
 
     def batch_read(self, request: reapi.BatchReadBlobsRequest, *, may_wait: bool = True) -> bytes:
         """Blobs, and a status for each: a BatchReadBlobsResponse, serialized."""

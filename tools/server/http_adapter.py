@@ -274,12 +274,10 @@ class HttpAdapter:
         """A blob that is gathered in memory, and stored together with others."""
         _acknowledge(request)
         await _continue(request)
-        data = await self._read_piece(request)
-        if not request.content.at_eof():
-            parts = [data]
-            while data := await self._read_piece(request):
-                parts.append(data)
-            data = b"".join(parts)
+        parts = [await self._read_piece(request)]
+        while not request.content.at_eof():
+            parts.append(await self._read_piece(request))
+        data = b"".join(parts)
         self._metrics.note_bytes("http", len(data), 0)
         digest = self._cache.read_whole(name, data)
         if self._cache.is_remembered(digest):

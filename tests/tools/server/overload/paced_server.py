@@ -87,9 +87,9 @@ class PacedStoring(Storing):
 
     def add(self, blobs: Sequence[Blob]) -> None:
         self._server.loop.charge(len(blobs) * self._server.costs.take)
-        self.blobs += len(blobs)
-        self.bytes += sum(len(data) for _, data in blobs)
-        self._waiting.extend(blobs)
+        super().add(blobs)
+
+    def _see_taken(self) -> None:
         self._server.loop.call_soon(self._begin)
 
     def _begin(self) -> None:
