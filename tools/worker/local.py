@@ -94,7 +94,10 @@ class LocalWorker:
         storage: Storage | None = None,
         guard: Guard | None = None,
     ) -> None:
-        """`storage`: the services', if it isn't given. Raises MissingCapability, SandboxError, BadInput."""
+        """`storage`: the services', if it isn't given.
+
+        Raises MissingCapability, SandboxError, BadInput, StoreUnusable.
+        """
         self._source = source
         storage = storage or Storage(services.finder, services.actions, services.uploads.added)
         with ExitStack() as parts:

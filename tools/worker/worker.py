@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from contextlib import ExitStack
 
 from tools.reapi.generated import code_pb2 as codes
 from tools.reapi.generated import remote_execution_pb2 as reapi
@@ -37,10 +38,17 @@ class Worker:
     """Runs what a source gives. The source ends it: `join` returns when each thread got None and has finished."""
 
     def __init__(self, source: WorkSource, parts: Parts, jobs: int) -> None:
-        """`jobs`: how many actions run at a time."""
+        """`jobs`: how many actions run at a time. Raises StoreUnusable."""
         self._source = source
-        self._parts = parts
-        self._threads = [threading.Thread(target=self._run, name=f"action-{number}") for number in range(jobs)]
+        self._threads: list[threading.Thread] = []
+        # Here, where who began the worker is told that an executor can't be made. A thread would end with that, and
+        # leave a worker that takes no actions.
+        with ExitStack() as made:
+            for number in range(jobs):
+                executor, close = make_executor(parts)
+                made.callback(close)
+                self._threads.append(threading.Thread(target=self._run, args=(executor,), name=f"action-{number}"))
+            self._made = made.pop_all()
 
     def start(self) -> None:
         """Begin to take actions."""
@@ -51,14 +59,11 @@ class Worker:
         """Wait for the threads."""
         for thread in self._threads:
             thread.join()
+        self._made.close()
 
-    def _run(self) -> None:
-        executor, close = make_executor(self._parts)
-        try:
-            while (assignment := self._source.take()) is not None:
-                self._execute(executor, assignment)
-        finally:
-            close()
+    def _run(self, executor: Executor) -> None:
+        while (assignment := self._source.take()) is not None:
+            self._execute(executor, assignment)
 
     @staticmethod
     def _execute(executor: Executor, assignment: Assignment) -> None:

@@ -73,5 +73,5 @@ def test_a_worker_whose_store_is_gone_says_so_and_ends(casfs: Casfs) -> None:
         worker.communicate()
     assert worker.returncode == Exit.STORE
     # Its log is in the store: that it can't be written may be said, too.
-    [said] = [line for line in err.decode().splitlines() if "can't write to" not in line]
-    assert said.startswith(f"casfs: the store in {casfs.store} is gone: "), err
+    said = [line for line in err.decode().splitlines() if "can't write to" not in line]
+    assert len(said) == 1 and said[0].startswith(f"casfs: the store in {casfs.store} is gone: "), err.decode()
