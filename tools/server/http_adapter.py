@@ -42,6 +42,7 @@ from tools.server.errors import (
 from tools.server.gate import Client, Gate, settle_future
 from tools.server.http_cache import SMALL, Content, HttpCache, Intake
 from tools.server.http_names import CacheName, Kind, accepts_zstd, is_host, matches, parse_cache_path, parse_range
+from tools.server.http_short import WholePut
 from tools.server.http_status import find_http_status
 from tools.server.metrics import Half, Metrics
 from tools.server.pages import Page, Pages
@@ -132,11 +133,44 @@ class HttpAdapter:
         allowed = tuple(method for method in _RIGHTS if method != "DELETE" or name.kind is Kind.AC)
         raise NotAllowed(f"{request.method[:20]} isn't answered here", allowed)
 
+    def put_whole(self, request: WholePut, connection: int, done: Callable[[bool], object]) -> Digest | None:
+        """The blob of a PUT that came whole, which is being stored; None: the request has to go the ordinary way.
+
+        `done` is told later whether it is stored. Where it isn't, the request has to go the ordinary way, too, which
+        tells the client why.
+        """
+        begun = time.perf_counter()
+        try:
+            name = parse_cache_path(request.path)
+            if name is None or name.kind is not Kind.CAS:
+                return None
+            self._check_fields(request.fields.host, request.fields.authorization, Right.WRITE)
+            digest = self._cache.read_whole(name, request.body)
+        except Exception:  # noqa: BLE001 - the ordinary way finds the same, and tells the client
+            return None
+        if self._cache.is_remembered(digest):
+            return None
+        metrics = self._metrics
+
+        def settle(refused: Exception | None) -> None:
+            metrics.note_upload(-1)
+            if refused is None:
+                self._cache.note(digest)
+                metrics.note_request("http", "PUT cas", "200", time.perf_counter() - begun)
+                metrics.note_bytes("http", digest.size, 0)
+            done(refused is None)
+
+        metrics.note_upload(1)
+        self._gate.add(Client(request.fields.authorization, connection), digest, request.body, settle)
+        return digest
+
     def _check(self, request: web.BaseRequest, right: Right) -> None:
-        host = request.headers.get(hdrs.HOST)
+        self._check_fields(request.headers.get(hdrs.HOST), request.headers.get(hdrs.AUTHORIZATION), right)
+
+    def _check_fields(self, host: str | None, authorization: str | None, right: Right) -> None:
         if self._names is not None and not is_host(host, self._names):
             raise Misdirected(f"this server isn't called {(host or '')[:80]!r}; if it shall be: --http-name")
-        self._access.check(request.headers.get(hdrs.AUTHORIZATION), right)
+        self._access.check(authorization, right)
 
     async def _get(self, request: web.BaseRequest, name: CacheName) -> web.StreamResponse:
         try:

@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, cast
 
@@ -21,10 +22,12 @@ from store.errors import BadInput
 from tools.server.address import ACCEPTED_MOST, Address, keep_waiting, listen
 from tools.server.calls_under_way import CallUnderWay
 from tools.server.http_adapter import HttpAdapter
+from tools.server.http_cache import SMALL
 from tools.server.http_names import parse_cache_path
+from tools.server.http_short import WholePut, count_left, parse_whole_put, stored_answer
 from tools.server.recent import SAMPLE_SECONDS, Recent
 from tools.server.status import faults
-from tools.server.waits import Reason, find_mark
+from tools.server.waits import Reason, find_mark, find_place
 
 
 def _fold(record: logging.LogRecord) -> bool:
@@ -80,10 +83,17 @@ class HttpLimits:
 class _Connection(RequestHandler):
     """One that ends if a head doesn't come: the first, or one that has begun. aiohttp itself only minds silence."""
 
-    __slots__ = ("_head", "number", "patience")
+    __slots__ = ("_behind", "_head", "_is_short", "_left", "_short", "number", "patience")
 
-    def __init__(self, manager: web.Server, patience: float, **options: Any) -> None:
+    def __init__(self, manager: web.Server, patience: float, short: _ShortRequests, **options: Any) -> None:
         super().__init__(manager, **options)
+        self._short = short
+        self._is_short = False
+        """A request goes the short way, and isn't answered yet."""
+        self._behind: list[bytes] = []
+        """What came after it."""
+        self._left: int | None = 0
+        """Bytes that the request which aiohttp has is still to bring; None: that isn't known any more."""
         self.number = next(_numbers)
         self.patience = patience
         self._head: asyncio.TimerHandle | None = None
@@ -104,10 +114,52 @@ class _Connection(RequestHandler):
         """Take what has come: the body of a request, or a head."""
         # aiohttp's own sign that it waits for a head: what comes otherwise may be the rest of a body that was refused.
         waiter = self._waiter
-        super().data_received(data)
+        if self._is_short:
+            # A client that doesn't wait for its answer: no more is read than is here.
+            self._behind.append(data)
+            cast("asyncio.Transport", self.transport).pause_reading()
+            return
+        if waiter is not None and not waiter.done() and self._left == 0:
+            request = parse_whole_put(data, SMALL)
+            if request is not None and self._take_short(request):
+                return
+        self._take_ordinary(data)
         # Most heads come whole, and need no timer.
         if self._head is None and waiter is not None and not waiter.done() and data.strip(b"\r\n"):
             self._await_head()
+
+    def _take_short(self, request: WholePut) -> bool:
+        if not self._short.begin(self, request, partial(self._end_short, request)):
+            return False
+        self._is_short = True
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        self.have_head()
+        return True
+
+    def _end_short(self, request: WholePut, stored: bool) -> None:
+        """It is stored, or it isn't: then the ordinary way finds out why, and says so."""
+        self._is_short = False
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        behind, self._behind = b"".join(self._behind), []
+        if behind:
+            transport.resume_reading()
+        if not stored:
+            self._take_ordinary(request.head + request.body)
+        elif self._short.draining:
+            transport.write(stored_answer(last=True))
+            self.force_close()
+            return
+        else:
+            transport.write(stored_answer(last=False))
+            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if behind:
+            self.data_received(behind)
+
+    def _take_ordinary(self, data: bytes) -> None:
+        self._left = count_left(self._left, data)
+        super().data_received(data)
 
     def _await_head(self) -> None:
         self._head = asyncio.get_running_loop().call_later(self.patience, self.force_close)
@@ -124,16 +176,44 @@ class _Connection(RequestHandler):
         super().connection_lost(exc)
 
 
+class _ShortRequests:
+    """Those that go the short way. `draining`: an answer is the last of its connection."""
+
+    def __init__(self, adapter: HttpAdapter, all_ended: Callable[[], object]) -> None:
+        self.draining = False
+        self.under_way: dict[_Connection, tuple[float, Digest]] = {}
+        """Since when each waits, by the loop's clock, and for which blob."""
+        self._adapter = adapter
+        self._all_ended = all_ended
+        self._clock = asyncio.get_running_loop().time
+
+    def begin(self, connection: _Connection, request: WholePut, done: Callable[[bool], object]) -> bool:
+        """Whether it goes the short way; `done` is called later, with whether the blob is stored."""
+
+        def end(stored: bool) -> None:
+            del self.under_way[connection]
+            done(stored)
+            if not self.under_way:
+                self._all_ended()
+
+        digest = self._adapter.put_whole(request, id(connection.transport), end)
+        if digest is None:
+            return False
+        self.under_way[connection] = self._clock(), digest
+        return True
+
+
 class _Server(web.Server):
     """One whose connections are ours."""
 
-    def __init__(self, handler: _Handler, limits: HttpLimits) -> None:
+    def __init__(self, handler: _Handler, limits: HttpLimits, short: _ShortRequests) -> None:
         super().__init__(handler)
         self._limits = limits
+        self._short = short
 
     def __call__(self) -> RequestHandler:
         loop = asyncio.get_running_loop()
-        return _Connection(self, self._limits.idle_seconds, loop=loop, **self._limits.options())
+        return _Connection(self, self._limits.idle_seconds, self._short, loop=loop, **self._limits.options())
 
 
 class _Request(NamedTuple):
@@ -162,7 +242,8 @@ class HttpServer:
     def __init__(self, adapter: HttpAdapter, limits: HttpLimits, recent: Recent) -> None:
         self._adapter = adapter
         self._recent = recent
-        self._runner = web.ServerRunner(_Server(self._handle, limits), shutdown_timeout=_LINGER_SECONDS)
+        self._short = _ShortRequests(adapter, self._note_ended)
+        self._runner = web.ServerRunner(_Server(self._handle, limits, self._short), shutdown_timeout=_LINGER_SECONDS)
         self._sampling: asyncio.Task[None] | None = None
         self._requests: dict[int, _Request] = {}
         self._idle = asyncio.Event()
@@ -178,11 +259,14 @@ class HttpServer:
             response = await self._adapter.handle(request)
         finally:
             del self._requests[number]
-            if not self._requests:
-                self._idle.set()
+            self._note_ended()
         if self._draining:
             response.force_close()
         return response
+
+    def _note_ended(self) -> None:
+        if not self._requests and not self._short.under_way:
+            self._idle.set()
 
     def under_way(self, waiting: Set[Digest]) -> Iterator[CallUnderWay]:
         """All requests; `waiting`: blobs for which the store's threads have no room."""
@@ -195,6 +279,10 @@ class HttpServer:
             method = f"HTTP {request.method[:20]} {_kind(request)}"
             moved = since if mark is None else mark.since
             yield CallUnderWay(("http", number), method, request.remote or "", connection, since, moved, reason)
+        for short, (since, digest) in self._short.under_way.items():
+            reason = find_place((digest,), waiting)
+            client = str(short.peername[0]) if short.peername else ""
+            yield CallUnderWay(("http", short.number), "HTTP PUT cas", client, short.number, since, since, reason)
 
     async def start(self, address: Address, tls: ssl.SSLContext | None) -> None:
         """Answer requests there from now on. Raises OSError."""
@@ -218,12 +306,13 @@ class HttpServer:
         until = loop.time() + seconds
         if self._sampling is not None:
             self._sampling.cancel()
-        self._draining = True
+        self._draining = self._short.draining = True
         self._adapter.ending = reason
         for site in self._runner.sites:
             await site.stop()
         # Not left to the runner: from the moment on that it is told to end, aiohttp takes no more of any body.
-        if self._requests:
+        if self._requests or self._short.under_way:
+            self._idle.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await self._idle.wait()
