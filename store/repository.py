@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from store.importing import Importer
     from store.presence import Presence
     from store.quota import Limits, Space
-    from store.uploads import Uploads
+    from store.uploads import StoreElsewhere, Uploads
     from store.verify import Verifier
 
 FORMAT = 1
@@ -167,11 +167,16 @@ class Store:
             return Unlimited()
         return Quota(self.layout, self.index, self.actions, self.collector, limits, note=note)
 
-    def uploads(self, space: Space, added: Callable[[Sequence[Digest]], None] = lambda digests: None) -> Uploads:
-        """The way in for many at once; to be closed before the store is. `added` is told what became durable."""
+    def uploads(
+        self,
+        space: Space,
+        added: Callable[[Sequence[Digest]], None] = lambda digests: None,
+        store_elsewhere: StoreElsewhere = lambda blobs: None,
+    ) -> Uploads:
+        """The way in for many at once; to be closed before the store is. See `Uploads`."""
         from store.uploads import Uploads
 
-        return Uploads(lambda: Ingest(self.layout, self.index, self.blobs, spares=False), space, added)
+        return Uploads(lambda: Ingest(self.layout, self.index, self.blobs, spares=False), space, added, store_elsewhere)
 
     def close(self) -> None:
         """Let go of all descriptors."""

@@ -14,6 +14,8 @@ can't be published, only those hear of it that wait for it.
 Two uploads of one blob both run, as neither can know whether the other's
 client will get to its end; one of them is published.
 
+Blobs that are in memory are stored many at a time (`add_all`), elsewhere if there is somebody who does it.
+
 Threads may share `Uploads`; an `Upload` is used by one at a time.
 """
 
@@ -38,6 +40,10 @@ _STORING_MOST = 2
 all that wait would fight for it."""
 _GROUP_MOST = 512
 """Blobs that are published at a time."""
+
+
+StoreElsewhere = Callable[[Sequence[tuple[Digest, bytes]]], Sequence["StoreError | None"] | None]
+"""Stores a batch as `Ingest.store_all` does; None where it can't any more, and it has to be stored here."""
 
 
 class _Waiting(NamedTuple):
@@ -96,11 +102,16 @@ class Uploads:
         make_ingest: Callable[[], Ingest],
         space: Space,
         added: Callable[[Sequence[Digest]], None] = lambda digests: None,
+        store_elsewhere: StoreElsewhere = lambda blobs: None,
     ) -> None:
-        """`added` is told which blobs have become durable, by the thread that brought them."""
+        """`added` is told which blobs have become durable, by the thread that brought them.
+
+        `store_elsewhere`: who stores batches, as long as that goes.
+        """
         self.added = added
         self._make_ingest = make_ingest
         self._space = space
+        self._store_elsewhere = store_elsewhere
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._storing = threading.Semaphore(_STORING_MOST)
         self._lock = threading.Lock()
@@ -138,14 +149,23 @@ class Uploads:
                 return results
             try:
                 roomy = [number for number, refused in enumerate(results) if refused is None]
-                with self._batch_session() as session:
-                    stored = session.store_all([blobs[n] for n in roomy])
+                stored = self._store_batch([blobs[n] for n in roomy])
                 for number, refused in zip(roomy, stored, strict=True):
                     results[number] = refused
             except StoreError as error:
                 results = [result or error for result in results]
         self.added([digest for (digest, _), result in zip(blobs, results, strict=True) if result is None])
         return results
+
+    def _store_batch(self, blobs: Sequence[tuple[Digest, bytes]]) -> Sequence[StoreError | None]:
+        with self._storing:
+            with self._lock:
+                self._check_open()
+            stored = self._store_elsewhere(blobs)
+            if stored is not None:
+                return stored
+            with self._batch_session() as session:
+                return session.store_all(blobs)
 
     def _reserve_all(self, sizes: Sequence[int], stack: ExitStack, *, may_wait: bool = True) -> list[StoreError | None]:
         """Reserve space until the stack unwinds: for all at once, or else for each that there is room for.
@@ -188,20 +208,19 @@ class Uploads:
         Batches that are stored side by side have one each: a session publishes one after the other, and
         threads that make and rename files in one directory spin on its lock.
         """
-        with self._storing:
+        with self._lock:
+            self._check_open()
+            if not self._batch_ingests:
+                self._batch_ingests.append(self._make_ingest())
+            session = self._batch_ingests.pop()
+        try:
+            yield session
+        finally:
             with self._lock:
-                self._check_open()
-                if not self._batch_ingests:
-                    self._batch_ingests.append(self._make_ingest())
-                session = self._batch_ingests.pop()
-            try:
-                yield session
-            finally:
-                with self._lock:
-                    if self._closed:
-                        session.close()
-                    else:
-                        self._batch_ingests.append(session)
+                if self._closed:
+                    session.close()
+                else:
+                    self._batch_ingests.append(session)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -33,6 +33,7 @@ from tools.server.processes import say, supervise
 from tools.server.services import ServiceOptions, Services
 from tools.server.status import faults
 from tools.server.store_watch import StoreWatch
+from tools.server.storing_process import StoringProcess
 from tools.server.tls import TlsFiles
 from tools.upstream.options import UpstreamOptions
 from tools.upstream.sources import Upstream, parts
@@ -206,6 +207,21 @@ def _run(
     insist: bool = True,
 ) -> int:
     """One process, from its loop's begin to its end; returns its exit code."""
+    # It is a fork, so before there is a second thread.
+    with StoringProcess(options.store) as storing:
+        return _run_loop(options, announce, watch, tell_person, guard, storing, insist=insist)
+
+
+def _run_loop(
+    options: ServeOptions,
+    announce: Callable[[], None],
+    watch: StoreWatch,
+    tell_person: Callable[[str], object],
+    guard: Guard | None,
+    storing: StoringProcess,
+    *,
+    insist: bool,
+) -> int:
     guards = options.guards()
     stop = asyncio.Event()
     runner = asyncio.Runner()
@@ -232,7 +248,7 @@ def _run(
         runner,
     ):
         watch.start(gone)
-        runner.run(_serve(options, announce, guards, guard, stop, ending, calls))
+        runner.run(_serve(options, announce, guards, guard, storing, stop, ending, calls))
     return ending.code
 
 
@@ -241,6 +257,7 @@ async def _serve(
     announce: Callable[[], None],
     guards: Guards,
     guard: Guard | None,
+    storing: StoringProcess,
     stop: asyncio.Event,
     ending: Ending,
     calls: CallsUnderWay,
@@ -264,10 +281,10 @@ async def _serve(
 
             limits = options.services.limits
             http = HttpParts(store, limits.limit if limits else 0)
-        told = () if http is None else (http.metrics.note_collection,)
-        services = stack.enter_context(Services(store, options.services, upstream, *told))
+        told = (lambda done: None) if http is None else http.metrics.note_collection
+        services = stack.enter_context(Services(store, options.services, upstream, told, storing.store_all))
         reports = () if http is None else http.reports
-        stop_work = stack.enter_context(_working(options, services, guard, reports))
+        stop_work = stack.enter_context(_working(options, services, guard, storing, reports))
         async with _serving(options, services, guards, http, ending, calls):
             announce()
             await stop.wait()
@@ -287,7 +304,11 @@ def _note_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 @contextmanager
 def _working(
-    options: ServeOptions, services: Services, guard: Guard | None, reports: tuple[ReportTaker, ...] = ()
+    options: ServeOptions,
+    services: Services,
+    guard: Guard | None,
+    storing: StoringProcess,
+    reports: tuple[ReportTaker, ...] = (),
 ) -> Iterator[Callable[[], object]]:
     """A worker, if there shall be one; what is given has it take nothing more."""
     if options.worker is None or services.scheduler is None:
@@ -295,7 +316,7 @@ def _working(
         return
     from tools.worker.local import LocalWorker
 
-    with LocalWorker(services, services.scheduler, options.worker, reports, guard=guard):
+    with LocalWorker(services, services.scheduler, options.worker, reports, guard=guard, companions=(storing.pid,)):
         yield services.scheduler.drain
 
 

@@ -10,6 +10,7 @@ from store.gc import Collected
 from store.presence import Finder
 from store.quota import Limits
 from store.repository import Store
+from store.uploads import StoreElsewhere
 from tools.server.actions import ActionResults
 from tools.server.bytestream import ByteStream
 from tools.server.capabilities import Capabilities
@@ -46,17 +47,18 @@ class Services:
         options: ServiceOptions | None = None,
         upstream: Upstream | None = None,
         collected: Callable[[Collected], object] = lambda done: None,
+        store_elsewhere: StoreElsewhere = lambda blobs: None,
     ) -> None:
         """`upstream` is one of the store's sources, and asked for the rest, too; it is closed with the store.
 
-        `collected` is told what each collection did.
+        `collected` is told what each collection did; `store_elsewhere`: see `Uploads`.
         """
         options = options or ServiceOptions()
         self.instances = instances = Instances(options.instances)
         self.store = store
         self.space = store.limit(options.limits, collected)
         self.write_back: WriteBack | None = None
-        self.uploads = store.uploads(self.space, self._note_added)
+        self.uploads = store.uploads(self.space, self._note_added, store_elsewhere)
         self.desk = Desk(self.uploads)
         self.downloads = Downloads(store.blobs, store.presence, store.hydrator, only_here=not store.has_sources)
         self.capabilities = Capabilities(

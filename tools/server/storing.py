@@ -1,7 +1,7 @@
 """Blobs that came whole, on their way into the store: many at a time, and the loop is woken once for all of them.
 
 The loop's thread adds them; a thread takes all that waits, up to a bound, has
-it stored, and gives the loop the results of the whole group. So a blob costs
+it stored (`storing_process`), and gives the loop the results of the whole group. So a blob costs
 the loop no task, no timer and no wake-up of its own, and the store one sync in
 hundreds. A group is stored while the next one gathers.
 """

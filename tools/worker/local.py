@@ -6,7 +6,7 @@ starts threads): sandboxes are mounted there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +93,9 @@ class LocalWorker:
         reports: tuple[ReportTaker, ...] = (),
         storage: Storage | None = None,
         guard: Guard | None = None,
+        companions: Collection[int] = (),
     ) -> None:
-        """`storage`: the services', if it isn't given.
+        """`storage`: the services', if it isn't given. `companions`: other processes of this one's.
 
         Raises MissingCapability, SandboxError, BadInput, StoreUnusable.
         """
@@ -109,7 +110,8 @@ class LocalWorker:
             sandboxes = Sandboxes(services.store, scratch=options.scratch, engine=options.engine, guard=guard)
             parts.callback(sandboxes.close)
             # After those, which end what a dead worker has left in its groups.
-            companions = () if guard is None else (guard.process,)
+            if guard is not None:
+                companions = (*companions, guard.process)
             limits = Limits(options.bounds, find_groups(companions=companions))
             parts.callback(limits.close)
             self._worker = Worker(
