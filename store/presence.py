@@ -33,7 +33,8 @@ from store.layout import blob_path
 
 REMEMBER_SECONDS = 15.0
 """What is found is remembered for one to two such periods; collections have to spare what was used in a minute."""
-_REMEMBER_MOST = 100_000
+_REMEMBER_MOST = 50_000
+"""Names that are remembered in such a period; each takes some 220 bytes."""
 _FRESH_SECONDS = 0.001
 """The removals may have been counted so long before: who reads what it asks about finds out by itself."""
 _QUICK_MOST = 256

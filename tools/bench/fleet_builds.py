@@ -22,7 +22,7 @@ from tools.bench.bazel import Bazel, Built
 from tools.bench.fleet_servers import DRAINED_SECONDS, END_SECONDS, LoadedServer, loaded_server
 from tools.bench.measuring import Outcome, Settings
 from tools.bench.scratch import stop
-from tools.bench.server import CASFS
+from tools.bench.server import CASFS, MemoryWatch
 from tools.bench.workers import Refused
 
 _ACTIONS = 4
@@ -98,10 +98,11 @@ def _measure(settings: Settings, outcome: Outcome, case: Case) -> None:
             stack.callback(builder.forget)
         began = time.monotonic()
         cpu = server.served.cpu()
-        built = _build_all(builders, server)
+        with MemoryWatch(server.served) as memory:
+            built = _build_all(builders, server)
         outcome.add(f"{case.title}: wall", CASFS, "s", time.monotonic() - began)
         outcome.add(f"{case.title}: CPU of the server", CASFS, "s", server.served.cpu() - cpu)
-        outcome.add(f"{case.title}: peak memory", CASFS, "MiB", server.served.peak_memory())
+        outcome.add(f"{case.title}: peak memory", CASFS, "MiB", memory.most)
         _judge(outcome, case, built)
         seconds = server.end()
         if seconds is None:

@@ -1,6 +1,6 @@
 """Many cold build clients at once, each with 100 connections and 100 calls in flight on each, and a calm one beside.
 
-    casfs           `casfs serve`, one process, everything durable before it is acknowledged
+    casfs           `casfs serve`, as it is by default, everything durable before it is acknowledged
     bazel-remote    where it is on the PATH: files without compression, written to the disk when the kernel likes
     nativelink      where it is on the PATH: its store of files, checked by size and hash
 
@@ -12,7 +12,8 @@ The calm client is another process, and makes one call after the other on one co
 at another machine notices. It asks for capabilities, an action result, a small blob, and whether the server is well. A
 call that fails counts as 60 s.
 
-Peak memory is what was resident (VmHWM). At the end the load begins anew, and in the middle of it the server gets
+Peak memory is the most of what was resident, seen four times a second, with pages that a server's processes share
+counted once (Pss). At the end the load begins anew, and in the middle of it the server gets
 SIGTERM; one that still runs after 60 s is killed.
 """
 
@@ -33,7 +34,7 @@ from tools.bench.fleet_servers import (
 )
 from tools.bench.load import get_generator
 from tools.bench.measuring import Outcome, Settings, alternate
-from tools.bench.server import CASFS
+from tools.bench.server import CASFS, MemoryWatch
 from tools.bench.workers import Refused
 
 _ROWS = (
@@ -97,14 +98,14 @@ def _measure(settings: Settings, outcome: Outcome, program: Path, side: str, row
         served = server.served
         with storming(program, row, served) as storm:
             storm.wait_begun()
-            served.forget_peak()
             cpu = served.cpu()
-            result = storm.result()
-            cpu, memory = served.cpu() - cpu, served.peak_memory()
+            with MemoryWatch(served) as memory:
+                result = storm.result()
+            cpu = served.cpu() - cpu
         _add(outcome, side, row, result)
         if result.stored:
             outcome.add(f"{row.title}: server CPU a blob", side, "µs", 1e6 * cpu / result.stored)
-        outcome.add(f"{row.title}: peak memory", side, "MiB", memory)
+        outcome.add(f"{row.title}: peak memory", side, "MiB", memory.most)
         _end_in_mid_storm(outcome, program, side, row, server, result.seconds)
 
 

@@ -94,7 +94,8 @@ def loaded_server(
             process.kill()
             raise RuntimeError(f"{side} doesn't start: {error}; {log.read_text(errors='replace')[-500:]}") from error
         if share is not None:
-            share.take(process.pid)
+            for pid in server.served.pids:
+                share.take(pid)
         yield server
 
 

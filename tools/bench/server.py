@@ -1,6 +1,6 @@
 """The remote cache over gRPC: calls a second, how long they take, and the server's CPU for each; ghz is the client.
 
-    casfs          `casfs serve`, one process, everything durable before it is acknowledged
+    casfs          `casfs serve`, as it is by default, everything durable before it is acknowledged
     bare grpcio    a server of grpcio that does nothing: answers lie ready, requests aren't parsed
 
 One call at a time, and 32 in flight over 4 connections; ghz has the same cores, and where it makes new blobs for each
@@ -18,11 +18,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from store.blobs import BlobRow, pack_row
 from store.digest import DigestFunction
@@ -32,10 +33,12 @@ from tools.bench.load import Generator, get_generator
 from tools.bench.measuring import Outcome, Settings, alternate
 from tools.bench.server_calls import Call, fill, list_calls
 from tools.bench.workers import Refused
+from tools.server.storing_process import NAME
 
 CASFS = "casfs"
 BARE = "bare grpcio"
 _IN_FLIGHT = (1, 32)
+_LOOK_SECONDS = 0.25
 _BARE_MARKS = {
     "FindMissingBlobs(1,000)": 2200,
     "BatchReadBlobs, 100 of 1 KB": 2800,
@@ -75,24 +78,59 @@ class Served(NamedTuple):
     http: str = ""
     """Where it serves HTTP, if it does."""
 
+    @property
+    def pids(self) -> list[int]:
+        """The process, and the one that stores for it; not the actions that it may run."""
+        children = map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+        return [self.pid, *(pid for pid in children if _name_of(pid) == NAME)]
+
     def cpu(self) -> float:
-        """Seconds of CPU it has used."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        """Seconds of CPU they have used."""
+        stats = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.pids)
+        return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICKS
 
     def memory(self) -> float:
-        """MiB it has in memory now, without what other processes may share."""
-        found = re.search(r"^RssAnon:\s*(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
-        return int(found[1]) / 1024 if found else 0.0
+        """MiB they have in memory now, without what other processes may share."""
+        return sum(_find_kib(Path(f"/proc/{pid}/status"), "RssAnon") for pid in self.pids) / 1024
 
-    def peak_memory(self) -> float:
-        """MiB, the most it had resident since its start or `forget_peak`; 0 once it has ended."""
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
-        return int(found[1]) / 1024 if found else 0.0
+    def resident(self) -> float:
+        """MiB they have in memory now, pages that they share counted once; 0 when they have ended."""
+        with suppress(OSError):
+            return sum(_find_kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss") for pid in self.pids) / 1024
+        return 0.0
 
-    def forget_peak(self) -> None:
-        """Count the peak from now on (proc(5), clear_refs)."""
-        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+def _name_of(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def _find_kib(file: Path, field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB$", file.read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+class MemoryWatch:
+    """The most that a server has in memory: a context manager, in which it is asked often. `most` is in MiB."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.most = 0.0
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_SECONDS):
+            self.most = max(self.most, self._served.resident())
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def read_addresses(process: subprocess.Popen[str], command: list[str]) -> Served:
