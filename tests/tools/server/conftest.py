@@ -28,6 +28,7 @@ from tools.reapi.methods import Method
 from tools.reapi.resource_names import Compression, ResourceName
 from tools.server.requests import write_digest
 from tools.server.services import ServiceOptions, Services
+from tools.server.storing_process import NAME
 from tools.upstream.channel import open_channel, start
 
 SHA256, BLAKE3 = DigestFunction.SHA256, DigestFunction.BLAKE3
@@ -243,6 +244,23 @@ def connected(server: Server, **options: Any) -> Iterator[Client]:
         yield client
     finally:
         client.close()
+
+
+def find_storing(parent: int) -> int:
+    """The process that stores for that one."""
+    children = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    [found] = [child for child in children if name_of(child) == NAME]
+    return found
+
+
+def name_of(pid: int) -> str:
+    """What ps(1) calls a process; nothing for one that has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return ""
+    # A zombie has ended, too: whoever adopted it is to take note.
+    return "" if text.rpartition(")")[2].split()[0] == "Z" else text.partition("(")[2].rpartition(")")[0]
 
 
 @contextmanager

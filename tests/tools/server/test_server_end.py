@@ -169,7 +169,7 @@ def test_threads_that_wait_for_a_dead_disk_do_not_hold_up_the_end(
         writing.join(60)
         assert code == Exit.OVERDUE
         assert "not ended in time" in err
-        assert "make_locked_directory" in err
+        assert "StoringProcess.store_all" in err
 
 
 def test_processes_that_can_not_end_are_killed_at_the_deadline(casfs: Casfs) -> None:
