@@ -44,15 +44,19 @@ def _end_all(directories: Sequence[bytes]) -> None:
 def _wait_for_programs() -> None:
     """Until what the owner has forked is the program that it was forked for.
 
-    Such a fork has closed the pipe that the guard waits for, has still our own command line, and is in our mount
-    namespace, where nobody else is.
+    Such a fork has closed the pipe that the guard waits for, has still our own command line and name, and is in our
+    mount namespace. A fork that is to stay has a name of its own there.
     """
     until = time.monotonic() + _EXEC_SECONDS
-    command, namespace = _read_command("self"), _find_namespace("self")
+    own = _read_command("self"), _read_name("self"), _find_namespace("self")
     others = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
     for name in others:
         # In this order: most have another command line, which is quicker to see.
-        while _read_command(name) == command and _find_namespace(name) == namespace and time.monotonic() < until:
+        while (
+            _read_command(name) == own[0]
+            and (_read_name(name), _find_namespace(name)) == own[1:]
+            and time.monotonic() < until
+        ):
             time.sleep(0.001)
 
 
@@ -102,6 +106,13 @@ def _end(number: int, below: bytes) -> bool:
         poll = select.poll()
         poll.register(process, select.POLLIN)
         return bool(poll.poll(_END_MILLISECONDS))
+
+
+def _read_name(name: str) -> bytes:
+    """What ps(1) calls a process; empty where it has ended."""
+    with suppress(OSError), open(f"/proc/{name}/comm", "rb", buffering=0) as file:
+        return file.read(64)
+    return b""
 
 
 def _read_command(name: str) -> bytes:

@@ -101,12 +101,13 @@ class Hydrator:
             if self._closed:
                 flight.future.set_exception(MissingBlob(f"no blob {digest}: the store is being closed"))
                 return flight.future
+            if self._tower is None:
+                tower = threading.Thread(target=self._run, name="hydrate", daemon=True)
+                tower.start()
+                self._tower = tower
             self._flights[digest] = flight
             if self._busy_since is None:
                 self._busy_since = time.monotonic()
-            if self._tower is None:
-                self._tower = threading.Thread(target=self._run, name="hydrate", daemon=True)
-                self._tower.start()
         self._events.put(flight)
         return flight.future
 
@@ -197,7 +198,12 @@ class Hydrator:
                 return
             attempt = Attempt(flight, lane, self._ingest)
             self._active.add(attempt)
-            lane.submit(attempt)
+            try:
+                lane.submit(attempt)
+            except RuntimeError as error:
+                self._active.discard(attempt)
+                flight.complaints.append(f"{lane.source.label}: {error}")
+                continue
             return
         said = f" ({'; '.join(flight.complaints)})" if flight.complaints else ""
         self._fail(flight, MissingBlob(f"no blob {flight.digest} in the store, nor in any of its sources{said}"))

@@ -84,7 +84,7 @@ class Lane:
         """Rounds of which attempts were given up, and whose threads have not come back."""
         self._report = report
         self._queue: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
-        self._started = False
+        self._threads = 0
 
     @property
     def is_stuck(self) -> bool:
@@ -92,18 +92,20 @@ class Lane:
         return len(self.silent) >= _LANE_THREADS
 
     def submit(self, attempt: Attempt) -> None:
-        """Have the source asked when a thread is free."""
-        if not self._started:
-            self._started = True
-            for number in range(_LANE_THREADS):
-                threading.Thread(target=self._work, name=f"source-{number}", daemon=True).start()
+        """Have the source asked when a thread is free. Raises RuntimeError where no thread can be started."""
+        try:
+            while self._threads < _LANE_THREADS:
+                threading.Thread(target=self._work, name=f"source-{self._threads}", daemon=True).start()
+                self._threads += 1
+        except RuntimeError:
+            if not self._threads:
+                raise
         self._queue.put(attempt)
 
     def close(self) -> None:
         """Have the threads end when they are free."""
-        if self._started:
-            for _ in range(_LANE_THREADS):
-                self._queue.put(None)
+        for _ in range(self._threads):
+            self._queue.put(None)
 
     def _work(self) -> None:
         # None is held here while the next one is waited for: it refers to all that its failure went through.

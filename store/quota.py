@@ -185,8 +185,9 @@ class Quota:
     def _want_collection(self) -> None:
         self._wanted = True
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="collect", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="collect", daemon=True)
+            thread.start()
+            self._thread = thread
         self._changed.notify_all()
 
     def _run(self) -> None:

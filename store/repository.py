@@ -171,7 +171,7 @@ class Store:
         self,
         space: Space,
         added: Callable[[Sequence[Digest]], None] = lambda digests: None,
-        store_elsewhere: StoreElsewhere = lambda blobs: None,
+        store_elsewhere: StoreElsewhere | None = None,
     ) -> Uploads:
         """The way in for many at once; to be closed before the store is. See `Uploads`."""
         from store.uploads import Uploads

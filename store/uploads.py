@@ -35,9 +35,9 @@ from store.publication import Pending
 from store.quota import Reservation, Space
 from store.writer import Claim, Exactly, Hashed, discard
 
-_STORING_MOST = 2
-"""Threads that store batches at a time: one writes while the other syncs. Each call lets go of the interpreter, and
-all that wait would fight for it."""
+STORING_MOST = 2
+"""Batches that are stored at a time: one is written while the other is synced. More would fight for the interpreter,
+which each call into the kernel lets go of."""
 _GROUP_MOST = 512
 """Blobs that are published at a time."""
 
@@ -102,18 +102,18 @@ class Uploads:
         make_ingest: Callable[[], Ingest],
         space: Space,
         added: Callable[[Sequence[Digest]], None] = lambda digests: None,
-        store_elsewhere: StoreElsewhere = lambda blobs: None,
+        store_elsewhere: StoreElsewhere | None = None,
     ) -> None:
         """`added` is told which blobs have become durable, by the thread that brought them.
 
-        `store_elsewhere`: who stores batches, as long as that goes.
+        `store_elsewhere`: who stores batches, if that isn't to be done here.
         """
         self.added = added
         self._make_ingest = make_ingest
         self._space = space
         self._store_elsewhere = store_elsewhere
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._storing = threading.Semaphore(_STORING_MOST)
+        self._storing = threading.Semaphore(STORING_MOST)
         self._lock = threading.Lock()
         # Under `_lock`:
         self._ingest: Ingest | None = None
@@ -161,7 +161,7 @@ class Uploads:
         with self._storing:
             with self._lock:
                 self._check_open()
-            stored = self._store_elsewhere(blobs)
+            stored = None if self._store_elsewhere is None else self._store_elsewhere(blobs)
             if stored is not None:
                 return stored
             with self._batch_session() as session:
@@ -188,8 +188,9 @@ class Uploads:
                 discard(written.path)
                 raise StoreUnusable("the store is being closed")
             if self._committer is None:
-                self._committer = threading.Thread(target=self._run, name="commit", daemon=True)
-                self._committer.start()
+                committer = threading.Thread(target=self._run, name="commit", daemon=True)
+                committer.start()
+                self._committer = committer
             self._waiting.put(waiting)
         waiting.done.result()
 

@@ -90,13 +90,17 @@ class Served(NamedTuple):
         return sum(int(fields[11]) + int(fields[12]) for fields in stats) / _TICKS
 
     def memory(self) -> float:
-        """MiB they have in memory now, without what other processes may share."""
-        return sum(_find_kib(Path(f"/proc/{pid}/status"), "RssAnon") for pid in self.pids) / 1024
+        """MiB of their own that they have in memory now; what they share with each other counts once."""
+        return self._sum_of("Pss_Anon")
 
     def resident(self) -> float:
-        """MiB they have in memory now, pages that they share counted once; 0 when they have ended."""
+        """MiB they have in memory now, files that they have mapped included; what they share counts once."""
+        return self._sum_of("Pss")
+
+    def _sum_of(self, field: str) -> float:
+        """0 when they have ended."""
         with suppress(OSError):
-            return sum(_find_kib(Path(f"/proc/{pid}/smaps_rollup"), "Pss") for pid in self.pids) / 1024
+            return sum(_find_kib(Path(f"/proc/{pid}/smaps_rollup"), field) for pid in self.pids) / 1024
         return 0.0
 
 
@@ -117,20 +121,25 @@ class MemoryWatch:
     def __init__(self, served: Served) -> None:
         self._served = served
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self.most = 0.0
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         while not self._over.wait(_LOOK_SECONDS):
-            self.most = max(self.most, self._served.resident())
+            self._look()
+
+    def _look(self) -> None:
+        self.most = max(self.most, self._served.resident())
 
     def __enter__(self) -> Self:
+        self._look()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._look()
 
 
 def read_addresses(process: subprocess.Popen[str], command: list[str]) -> Served:

@@ -1,6 +1,6 @@
 """Downloads over HTTP, of blobs in the page cache: wrk is the client, nginx serves the same files beside casfs.
 
-    casfs    `casfs serve --http-listen`, one process
+    casfs    `casfs serve --http-listen`, as it is by default
     nginx    one process, sendfile on, no log: the files of the store by their names
 
 One connection, and 32, for two seconds each, on the same cores as the servers.

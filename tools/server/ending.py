@@ -171,10 +171,13 @@ class Ending:
         return None if until is None else max(0.0, (until - time.monotonic()) * 1000)
 
     def _hear(self, number: int) -> None:
-        if number == signal.SIGHUP and self._reload is not None:
-            self._reload()
-        if number == signal.SIGUSR1 and self._report is not None:
-            self._report()
+        act = self._reload if number == signal.SIGHUP else self._report if number == signal.SIGUSR1 else None
+        if act is not None:
+            try:
+                act()
+            except Exception:
+                # No thread can be had, say. This one has to hear the signals that come yet.
+                log.exception("what %s asks for can't be done", signal.Signals(number).name)
         if number not in (signal.SIGTERM, signal.SIGINT):
             return
         now = time.monotonic()

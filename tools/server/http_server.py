@@ -112,14 +112,20 @@ class _Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Take what has come: the body of a request, or a head."""
+        if not data:
+            # aiohttp's own way to have the rest of what came parsed, after it has paused.
+            super().data_received(data)
+            return
         # aiohttp's own sign that it waits for a head: what comes otherwise may be the rest of a body that was refused.
         waiter = self._waiter
         if self._is_short:
             # A client that doesn't wait for its answer: no more is read than is here.
             self._behind.append(data)
-            cast("asyncio.Transport", self.transport).pause_reading()
+            if self.transport is not None:
+                self.transport.pause_reading()
             return
-        if waiter is not None and not waiter.done() and self._left == 0:
+        # One whose client doesn't take its answers has to wait until it does, as the ordinary way can.
+        if waiter is not None and not waiter.done() and self._left == 0 and not self._paused:
             request = parse_whole_put(data, SMALL)
             if request is not None and self._take_short(request):
                 return
@@ -193,7 +199,8 @@ class _ShortRequests:
         def end(stored: bool) -> None:
             del self.under_way[connection]
             done(stored)
-            if not self.under_way:
+            # One that isn't stored is the ordinary way's now, which says when it has ended.
+            if stored and not self.under_way:
                 self._all_ended()
 
         digest = self._adapter.put_whole(request, id(connection.transport), end)

@@ -20,7 +20,6 @@ _FIELD = re.compile(rb"([A-Za-z-]{1,32}): ?([!-~](?:[ -~]*[!-~])?)")
 _KNOWN = {
     b"host",
     b"user-agent",
-    b"content-length",
     b"content-type",
     b"accept",
     b"accept-encoding",
@@ -28,16 +27,15 @@ _KNOWN = {
     b"connection",
 }
 """Fields that change nothing, or that are looked at: with any other a request is none for the short way."""
-_LENGTH = re.compile(rb"[0-9]{1,9}")
+_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,9})(?=\r\n|\Z)")
 _ANY_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n")
 
 
 class Fields(NamedTuple):
-    """What a head says of its request: `host` and `authorization` as their fields have them, bytes of the body."""
+    """What a head says of its request beside its length: `host` and `authorization` as their fields have them."""
 
     host: str
     authorization: str | None
-    length: int
 
 
 class WholePut(NamedTuple):
@@ -57,17 +55,27 @@ def parse_whole_put(data: bytes, most: int) -> WholePut | None:
     end = data.find(b"\r\n\r\n", match.end() - 2, _HEAD_BYTES_MOST)
     if end < match.end():
         return None
-    fields = _read_fields(data[match.end() : end])
-    if fields is None or fields.length > most or len(data) != end + 4 + fields.length:
+    start = match.end() - 2
+    length = _LENGTH.search(data, start, end)
+    if length is None:
+        return None
+    size = int(length[1])
+    if size > most or len(data) != end + 4 + size:
+        return None
+    fields = _read_fields(data[start : length.start()] + data[length.end() : end])
+    if fields is None:
         return None
     return WholePut(match[1].decode("ascii"), fields, data[: end + 4], data[end + 4 :])
 
 
 @lru_cache(256)
 def _read_fields(text: bytes) -> Fields | None:
-    """None for fields that aren't all known, in a plain form, and there once. Remembered: a client's are the same."""
+    """All but the length's, each with a line's end before it; None if one isn't known, in a plain form, and there once.
+
+    Remembered: a client's are the same with each request.
+    """
     found: dict[bytes, bytes] = {}
-    for line in text.split(b"\r\n"):
+    for line in text.split(b"\r\n")[1:]:
         match = _FIELD.fullmatch(line)
         if match is None:
             return None
@@ -75,15 +83,14 @@ def _read_fields(text: bytes) -> Fields | None:
         if name not in _KNOWN or name in found:
             return None
         found[name] = match[2]
-    length = found.get(b"content-length", b"")
-    if _LENGTH.fullmatch(length) is None or found.get(b"connection", b"keep-alive").lower() != b"keep-alive":
+    if found.get(b"connection", b"keep-alive").lower() != b"keep-alive":
         return None
     host, authorization = (
         value.decode("ascii") if (value := found.get(name)) is not None else None
         for name in (b"host", b"authorization")
     )
     # Whoever names no host is refused by the ordinary way, or isn't.
-    return None if host is None else Fields(host, authorization, int(length))
+    return None if host is None else Fields(host, authorization)
 
 
 def stored_answer(*, last: bool) -> bytes:
@@ -112,6 +119,9 @@ def count_left(left: int | None, data: bytes) -> int | None:
     head = data[: end + 2].lower()
     lengths = _ANY_LENGTH.findall(head)
     if end < 0 or b"transfer-encoding" in head or len(lengths) != head.count(b"content-length"):
+        return None
+    # What is behind such heads isn't always a body.
+    if head.startswith(b"connect") or b"\r\nupgrade" in head:
         return None
     here = len(data) - end - 4
     size = int(lengths[0]) if len(lengths) == 1 else 0

@@ -25,8 +25,9 @@ Run = Callable[[Callable[[], None]], int]
 
 
 def say(line: str) -> None:
-    """A line on standard error."""
-    print(f"casfs: {line}", file=sys.stderr, flush=True)
+    """A line on standard error, if anybody reads it."""
+    with suppress(OSError):
+        print(f"casfs: {line}", file=sys.stderr, flush=True)
 
 
 def supervise(count: int, run: Run, seconds: float, announce: Callable[[], None], explain: Callable[[int], str]) -> int:

@@ -207,8 +207,9 @@ def _run(
     insist: bool = True,
 ) -> int:
     """One process, from its loop's begin to its end; returns its exit code."""
-    # It is a fork, so before there is a second thread.
-    with StoringProcess(options.store) as storing:
+    with ExitStack() as stack:
+        # It is a fork, so before there is a second thread.
+        storing = None if options.services.read_only else stack.enter_context(StoringProcess(options.store))
         return _run_loop(options, announce, watch, tell_person, guard, storing, insist=insist)
 
 
@@ -218,7 +219,7 @@ def _run_loop(
     watch: StoreWatch,
     tell_person: Callable[[str], object],
     guard: Guard | None,
-    storing: StoringProcess,
+    storing: StoringProcess | None,
     *,
     insist: bool,
 ) -> int:
@@ -257,7 +258,7 @@ async def _serve(
     announce: Callable[[], None],
     guards: Guards,
     guard: Guard | None,
-    storing: StoringProcess,
+    storing: StoringProcess | None,
     stop: asyncio.Event,
     ending: Ending,
     calls: CallsUnderWay,
@@ -282,7 +283,8 @@ async def _serve(
             limits = options.services.limits
             http = HttpParts(store, limits.limit if limits else 0)
         told = (lambda done: None) if http is None else http.metrics.note_collection
-        services = stack.enter_context(Services(store, options.services, upstream, told, storing.store_all))
+        store_elsewhere = None if storing is None else storing.store_all
+        services = stack.enter_context(Services(store, options.services, upstream, told, store_elsewhere))
         reports = () if http is None else http.reports
         stop_work = stack.enter_context(_working(options, services, guard, storing, reports))
         async with _serving(options, services, guards, http, ending, calls):
@@ -307,7 +309,7 @@ def _working(
     options: ServeOptions,
     services: Services,
     guard: Guard | None,
-    storing: StoringProcess,
+    storing: StoringProcess | None,
     reports: tuple[ReportTaker, ...] = (),
 ) -> Iterator[Callable[[], object]]:
     """A worker, if there shall be one; what is given has it take nothing more."""
@@ -316,7 +318,8 @@ def _working(
         return
     from tools.worker.local import LocalWorker
 
-    with LocalWorker(services, services.scheduler, options.worker, reports, guard=guard, companions=(storing.pid,)):
+    companions = () if storing is None else (storing.pid,)
+    with LocalWorker(services, services.scheduler, options.worker, reports, guard=guard, companions=companions):
         yield services.scheduler.drain
 
 

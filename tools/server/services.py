@@ -47,7 +47,7 @@ class Services:
         options: ServiceOptions | None = None,
         upstream: Upstream | None = None,
         collected: Callable[[Collected], object] = lambda done: None,
-        store_elsewhere: StoreElsewhere = lambda blobs: None,
+        store_elsewhere: StoreElsewhere | None = None,
     ) -> None:
         """`upstream` is one of the store's sources, and asked for the rest, too; it is closed with the store.
 

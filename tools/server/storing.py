@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from store.digest import Digest
 from store.errors import StoreError, StoreUnusable
+from store.uploads import STORING_MOST
 
 Blob = tuple[Digest, bytes]
 SettleGroup = Callable[[Sequence[Blob], Sequence["Exception | None"]], object]
@@ -22,7 +23,6 @@ SettleGroup = Callable[[Sequence[Blob], Sequence["Exception | None"]], object]
 Store = Callable[[Sequence[Blob]], Sequence["StoreError | None"]]
 """Stores blobs, and says of each why it was refused; may raise what concerns all of them."""
 
-_THREADS = 2
 _GROUP_BLOBS = 512
 _GROUP_BYTES = 8 << 20
 
@@ -60,10 +60,18 @@ class Storing:
             return
         if self._idle:
             self._changed.notify()
-        elif len(self._threads) < _THREADS:
+        elif len(self._threads) < STORING_MOST:
             thread = threading.Thread(target=self._run, name="storing", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # There may be no more of them. One that there is takes what waits.
+                if not self._threads:
+                    group = list(self._waiting)
+                    self._waiting.clear()
+                    self._loop.call_soon(self._settle, group, StoreUnusable(f"can't store: {error}"))
+            else:
+                self._threads.append(thread)
 
     def _run(self) -> None:
         while True:

@@ -18,7 +18,6 @@ import os
 import queue
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -26,17 +25,18 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Self
 
+from casfs.daemon import logging_to
 from store.digest import Digest
 from store.errors import StoreError
 from store.ingest import Ingest
 from store.repository import Store
+from store.uploads import STORING_MOST
+from tools.server.status import faults
 
 log = logging.getLogger("casfs.serve")
 
-_LANES = 2
-"""Groups that are stored at a time: one is written while the other syncs."""
 NAME = "casfs storing"
-"""What ps(1) and top(1) call it; at most 15 bytes."""
+"""What top(1) and `ps -o comm` call it; at most 15 bytes."""
 _PR_SET_NAME = 15
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What terminals and service managers send to all processes of a service: this one ends with its pipes."""
@@ -53,13 +53,15 @@ class StoringProcess:
     def __init__(self, root: Path) -> None:
         """`root`: the store's directory."""
         root = root.absolute()
-        pairs = [Pipe() for _ in range(_LANES)]
+        pairs = [Pipe() for _ in range(STORING_MOST)]
         self.pid = os.fork()
         if self.pid == 0:
+            code = 1
             try:
                 _run(root, [theirs for _, theirs in pairs])
+                code = 0
             finally:
-                os._exit(0)
+                os._exit(code)
         self._lanes = [ours for ours, _ in pairs]
         self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -74,16 +76,20 @@ class StoringProcess:
         None in place of all that: the process has ended, and what became of these blobs isn't known. Raises what
         concerns all of them, as `Ingest.store_all`.
         """
-        if self._is_gone:
-            return None
         request: _Request = [(digest.key, digest.size, data) for digest, data in blobs]
         lane = self._free.get()
         try:
+            # A lane that broke in the middle is closed: what is left in it would be taken for another group's answer.
+            if lane.closed:
+                return None
             lane.send(request)
             answer: _Answer = lane.recv()
-        except (EOFError, OSError):
+        except BaseException as error:
+            lane.close()
             self._note_gone()
-            return None
+            if isinstance(error, EOFError | OSError):
+                return None
+            raise
         finally:
             self._free.put(lane)
         if isinstance(answer, Exception):
@@ -103,7 +109,8 @@ class StoringProcess:
             self._is_gone = True
             for lane in lanes:
                 lane.close()
-            os.waitpid(self.pid, 0)
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
 
     def __enter__(self) -> Self:
         return self
@@ -115,17 +122,17 @@ class StoringProcess:
 def _run(root: Path, lanes: Sequence[Connection]) -> None:
     _let_go([lane.fileno() for lane in lanes])
     gc.freeze()
-    with Store.open(root, create=False) as store:
-        threads = [threading.Thread(target=_store, args=(store, lane)) for lane in lanes]
+    with Store.open(root, create=False) as store, logging_to(store.layout.log):
+        threads = [threading.Thread(target=_serve, args=(store, lane)) for lane in lanes]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        faults.flush()
 
 
 def _let_go(kept: Sequence[int]) -> None:
     """Be nobody's but the pipes': no terminal ends it, and of the parent's descriptors it has these."""
-    os.setsid()
     for ignored in _IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
@@ -139,10 +146,9 @@ def _let_go(kept: Sequence[int]) -> None:
     os.chdir("/")
 
 
-def _store(store: Store, lane: Connection) -> None:
+def _serve(store: Store, lane: Connection) -> None:
     """Store what one lane brings, until its end."""
-    # However this thread ends, nobody waits for its answer: the lane is closed.
-    with ExitStack() as stack, lane:
+    with ExitStack() as stack:
 
         @cache
         def ingest() -> Ingest:
@@ -151,10 +157,16 @@ def _store(store: Store, lane: Connection) -> None:
             stack.callback(made.close)
             return made
 
-        with suppress(EOFError, OSError):
+        try:
             while True:
                 request: _Request = lane.recv()
                 lane.send(_store_group(ingest, [(Digest.from_key(key, size), data) for key, size, data in request]))
+        except (EOFError, OSError):
+            pass
+        except BaseException:
+            # Whoever waits at the other end stores by itself, when it sees that this process is gone.
+            log.exception("the process that stores can't go on")
+            os._exit(1)
 
 
 def _store_group(ingest: Callable[[], Ingest], blobs: Sequence[tuple[Digest, bytes]]) -> _Answer:
@@ -162,6 +174,7 @@ def _store_group(ingest: Callable[[], Ingest], blobs: Sequence[tuple[Digest, byt
         results: list[StoreError | None] = [*ingest().store_all(blobs)]
     except StoreError as error:
         return error
-    except Exception:  # noqa: BLE001 - told to who asked, whose log it belongs in
-        return RuntimeError(f"in the process that stores: {traceback.format_exc()}")
+    except Exception as error:  # noqa: BLE001 - logged here, with what it went through
+        faults.note(error, "storing %d blobs", len(blobs))
+        return RuntimeError(f"the process that stores: {type(error).__name__}: {error}")
     return results if any(results) else None

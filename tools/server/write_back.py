@@ -92,8 +92,9 @@ class WriteBack:
             if len(items) > room:
                 self._drop(len(items) - max(room, 0), "too much waits for it")
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="write back", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="write back", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify_all()
 
     def statistics(self) -> dict[str, int]:

@@ -132,8 +132,8 @@ class LocalWorker:
                 ),
                 options.slots,
             )
+            self._worker.start()
             self._parts = parts.pop_all()
-        self._worker.start()
 
     def finish(self) -> None:
         """Take nothing more, and wait for what runs."""

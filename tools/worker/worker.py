@@ -51,9 +51,15 @@ class Worker:
             self._made = made.pop_all()
 
     def start(self) -> None:
-        """Begin to take actions."""
-        for thread in self._threads:
-            thread.start()
+        """Begin to take actions. Raises RuntimeError where not all threads can be started: none is left then."""
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError:
+                del self._threads[number:]
+                self._source.drain()
+                self.join()
+                raise
 
     def join(self) -> None:
         """Wait for the threads."""

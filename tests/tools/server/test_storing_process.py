@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,11 @@ from tools.server.storing_process import StoringProcess
 
 def is_gone(pid: int) -> bool:
     return name_of(pid) == ""
+
+
+def written_by(pid: int) -> int:
+    """Bytes that a process has written, to files and others."""
+    return int(Path(f"/proc/{pid}/io").read_text().split("wchar: ")[1].split()[0])
 
 
 def batch(*blobs: bytes) -> list[tuple[Digest, bytes]]:
@@ -111,13 +116,16 @@ def test_once_it_is_gone_that_is_said_once_and_the_caller_stores(
 def test_uploads_of_all_kinds_are_stored_there(casfs: Casfs) -> None:
     with running(casfs, *HTTP) as server, connected(server) as client, HttpClient(server) as web:
         storing = find_storing(server.process.pid)
-        before = Path(f"/proc/{storing}/io").read_text()
-        client.add(b"in a batch")
-        client.write(SHA256.of(b"in a stream"), b"in a stream")
-        web.put_blob(b"over HTTP")
-        written = int(Path(f"/proc/{storing}/io").read_text().split("wchar: ")[1].split()[0])
-        # Its answers are bytes, too.
-        assert written - int(before.split("wchar: ")[1].split()[0]) >= len(b"in a batchin a streamover HTTP")
+        for blob, bring in (
+            (bytes(20_000), client.add),
+            (bytes(20_001), lambda blob: client.write(SHA256.of(blob), blob)),
+            (bytes(20_002), web.put_blob),
+        ):
+            before = written_by(storing), written_by(server.process.pid)
+            bring(blob)
+            assert written_by(storing) - before[0] >= len(blob)
+            # What it hands over; a file of its own would be as much again.
+            assert len(blob) <= written_by(server.process.pid) - before[1] < 2 * len(blob)
         os.kill(storing, signal.SIGKILL)
         client.add(b"in a batch, later")
         assert web.put_blob(b"over HTTP, later") and client.missing([SHA256.of(b"in a batch, later")]) == []
@@ -144,13 +152,12 @@ def test_what_was_acknowledged_is_there_whenever_it_is_killed(casfs: Casfs, seed
     acknowledged: list[Digest] = []
     with running(casfs) as server, connected(server) as client:
         storing = find_storing(server.process.pid)
-        end = time.monotonic() + rng.uniform(0.0, 0.5)
-        killed = False
-        while not killed or rng.random() < 0.8:
-            acknowledged += client.add(*(rng.randbytes(rng.randrange(3000)) for _ in range(60)))
-            if not killed and time.monotonic() > end:
-                os.kill(storing, signal.SIGKILL)
-                killed = True
+        # While a group is under way, most often: one is all the time.
+        killing = threading.Timer(rng.uniform(0.0, 0.3), os.kill, (storing, signal.SIGKILL))
+        killing.start()
+        while killing.is_alive() or rng.random() < 0.8:
+            acknowledged += client.add(*(rng.randbytes(rng.randrange(3000)) for _ in range(200)))
+        wait_for(partial(is_gone, storing))
         assert client.missing(acknowledged) == []
         server.process.kill()
         server.process.wait(30)
@@ -175,4 +182,4 @@ def test_a_server_whose_storing_process_hangs_ends_in_time(casfs: Casfs) -> None
             os.kill(storing, signal.SIGCONT)
         assert server.process.returncode == Exit.OVERDUE
         assert b"1 thread in StoringProcess.store_all" in err
-        wait_for(lambda: name_of(storing) == "")
+        wait_for(lambda: is_gone(storing))
