@@ -1,9 +1,9 @@
-"""A child of this process that says something: a fork, and a pipe."""
+"""Forks of this process: one that says something through a pipe, and what one that stays lets go of."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 
 def hear_child(work: Callable[[int], int | None]) -> bytes:
@@ -26,3 +26,19 @@ def hear_child(work: Callable[[int], int | None]) -> bytes:
         text = pipe.read()
     os.waitpid(child, 0)
     return text
+
+
+def keep_only(descriptors: Collection[int]) -> None:
+    """In a fork that stays: let go of all other descriptors, and of the directory it is in.
+
+    Of standard input, output and error, those that aren't kept become /dev/null. So nobody waits for this process who
+    waits for the end of a pipe that the one it was forked from had.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in {0, 1, 2}.difference(descriptors):
+        os.dup2(null, standard)
+    first = 3
+    for kept in (*sorted(kept for kept in descriptors if kept >= first), os.sysconf("SC_OPEN_MAX")):
+        os.closerange(first, kept)
+        first = kept + 1
+    os.chdir("/")

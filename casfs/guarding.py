@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Self
 
+from casfs.forking import keep_only
+
 _END = b"\0"
 """Behind each note. One without a note says that there is nothing to do."""
 
@@ -80,14 +82,9 @@ def _guard(reading: int, undo: Callable[[Sequence[bytes]], object], message: str
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    kept = os.dup2(reading, 3) if reading != 3 else reading
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1):
-        os.dup2(null, descriptor)
-    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-    os.chdir("/")
+    keep_only((reading, 2))
     said, notes = b"", list[bytes]()
-    while more := os.read(kept, 4096):
+    while more := os.read(reading, 4096):
         said += more
         *notes, _ = said.split(_END)
         # At once, and not when the pipe ends: a fork that isn't its program yet may have it, too.

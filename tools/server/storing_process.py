@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from casfs.daemon import logging_to
+from casfs.forking import keep_only
 from store.digest import Digest
 from store.errors import StoreError
 from store.ingest import Ingest
@@ -106,7 +107,6 @@ class StoringProcess:
         """End it, when it has stored what it was given; harmless when repeated."""
         lanes, self._lanes = self._lanes, []
         if lanes:
-            self._is_gone = True
             for lane in lanes:
                 lane.close()
             with suppress(ChildProcessError):
@@ -135,15 +135,8 @@ def _let_go(kept: Sequence[int]) -> None:
     """Be nobody's but the pipes': no terminal ends it, and of the parent's descriptors it has these."""
     for ignored in _IGNORED:
         signal.signal(ignored, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-    first = 3
-    for descriptor in (*sorted(kept), os.sysconf("SC_OPEN_MAX")):
-        os.closerange(first, descriptor)
-        first = descriptor + 1
+    keep_only(kept)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
-    os.chdir("/")
 
 
 def _serve(store: Store, lane: Connection) -> None:

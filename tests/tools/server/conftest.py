@@ -246,21 +246,23 @@ def connected(server: Server, **options: Any) -> Iterator[Client]:
         client.close()
 
 
+def children(pid: int) -> list[int]:
+    """The processes that one has begun."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet has ended, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def find_storing(parent: int) -> int:
     """The process that stores for that one."""
-    children = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-    [found] = [child for child in children if name_of(child) == NAME]
+    [found] = [child for child in children(parent) if Path(f"/proc/{child}/comm").read_text() == f"{NAME}\n"]
     return found
-
-
-def name_of(pid: int) -> str:
-    """What ps(1) calls a process; nothing for one that has ended."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return ""
-    # A zombie has ended, too: whoever adopted it is to take note.
-    return "" if text.rpartition(")")[2].split()[0] == "Z" else text.partition("(")[2].rpartition(")")[0]
 
 
 @contextmanager

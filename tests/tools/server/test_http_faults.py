@@ -29,6 +29,7 @@ from tests.tools.server.conftest import (
     running,
     wait_for,
 )
+from tests.tools.server.raw_http import connected_raw
 from tests.tools.server.test_server_life import files_in_tmp
 from tools.exits import Exit
 
@@ -38,8 +39,7 @@ ABSENT = "00" * 32
 @contextmanager
 def raw(server: Server, text: bytes) -> Iterator[socket.socket]:
     """A connection on which that was sent."""
-    host, _, port = server.http_address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with connected_raw(server) as connection:
         connection.sendall(text)
         yield connection
 

@@ -23,7 +23,18 @@ from casfs.fusemount import attach, detach
 from store.repository import Store
 from tests.conftest import Requirements
 from tests.tools.conftest import Casfs
-from tests.tools.server.conftest import HTTP, SHA256, HttpClient, Server, connected, refused, running, wait_for
+from tests.tools.server.conftest import (
+    HTTP,
+    SHA256,
+    HttpClient,
+    Server,
+    alive,
+    children,
+    connected,
+    refused,
+    running,
+    wait_for,
+)
 from tests.tools.server.test_ending import APART
 from tests.tools.server.test_reload import reload
 from tests.tools.server.test_server_life import files_in_tmp, open_upload
@@ -77,18 +88,6 @@ def dead_disk(place: Path) -> Iterator[Callable[[], object]]:
         # Whoever waits for it is answered now, with an error.
         os.close(device)
         detach(place, lazy=True)
-
-
-def children(server: Server) -> list[int]:
-    text = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text()
-    return list(map(int, text.split()))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @contextmanager
@@ -174,7 +173,7 @@ def test_threads_that_wait_for_a_dead_disk_do_not_hold_up_the_end(
 
 def test_processes_that_can_not_end_are_killed_at_the_deadline(casfs: Casfs) -> None:
     with started(casfs, *SHORT, "--processes", "2") as server:
-        pids = children(server)
+        pids = children(server.process.pid)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         server.process.send_signal(signal.SIGTERM)
@@ -186,7 +185,7 @@ def test_processes_that_can_not_end_are_killed_at_the_deadline(casfs: Casfs) -> 
 
 def test_a_second_signal_ends_all_processes_at_once(casfs: Casfs) -> None:
     with started(casfs, *LONG, "--processes", "2") as server:
-        pids = children(server)
+        pids = children(server.process.pid)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         for _ in range(2):
@@ -203,7 +202,7 @@ def test_a_signal_to_all_processes_is_one(casfs: Casfs) -> None:
         # As a terminal does for Ctrl-C: the processes hear it, and then what the first of them passes on.
         os.killpg(server.process.pid, signal.SIGINT)
         time.sleep(APART)
-        for pid in children(server):
+        for pid in children(server.process.pid):
             os.kill(pid, signal.SIGTERM)
         time.sleep(APART)
         go_on.set()
@@ -213,13 +212,13 @@ def test_a_signal_to_all_processes_is_one(casfs: Casfs) -> None:
 
 def test_a_process_that_dies_ends_all(casfs: Casfs) -> None:
     with started(casfs, "--processes", "2") as server:
-        os.kill(children(server)[0], signal.SIGKILL)
+        os.kill(children(server.process.pid)[0], signal.SIGKILL)
         assert wait(server) == (Exit.NO, "")
 
 
 def test_processes_end_with_the_one_that_started_them(casfs: Casfs) -> None:
     with started(casfs, "--processes", "2") as server:
-        pids = children(server)
+        pids = children(server.process.pid)
         server.process.kill()
         wait_for(lambda: not any(map(alive, pids)))
 

@@ -16,14 +16,14 @@ from store.digest import Digest
 from store.errors import DigestMismatch, StoreUnusable
 from store.repository import Store
 from tests.tools.conftest import Casfs
-from tests.tools.server.conftest import HTTP, SHA256, HttpClient, connected, find_storing, name_of, running, wait_for
+from tests.tools.server.conftest import HTTP, SHA256, HttpClient, alive, connected, find_storing, running, wait_for
 from tests.tools.server.raw_http import connected_raw, put, report
 from tools.exits import Exit
 from tools.server.storing_process import StoringProcess
 
 
 def is_gone(pid: int) -> bool:
-    return name_of(pid) == ""
+    return not alive(pid)
 
 
 def written_by(pid: int) -> int:
